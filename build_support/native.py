@@ -1,0 +1,230 @@
+"""Finds torch and CUDA, writes build.ninja, compiles csrc/ into fastlm/_C.so and fastlm/_cuda.so.
+
+torch is never imported here, so the same code works inside pip's isolated build, in an editable
+install and offline. One row of kernels is one stem X: `csrc/cpu/X.h` is compiled once per
+instruction set (through csrc/cpu/target.cpp), `csrc/torch/X.cpp` once, `csrc/cuda/X.cu` once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MIN_TORCH = "2.11"
+ABI_TARGET = "0x020b000000000000"  # libtorch stable ABI of torch 2.11
+DEFAULT_CUDA_ARCHS = "8.0;9.0a;10.0a"
+
+# Compiler flags per instruction set; csrc/cpu/isa.cpp lists the same names, worst first.
+X86 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{X86} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
+ISA_FLAGS = {
+    "baseline": "",
+    "avx2": X86,
+    "avx512": AVX512,
+    "avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
+}
+
+
+class BuildError(RuntimeError):
+    """Something the build needs is missing; the text says what and how to get it."""
+
+
+def _site_packages() -> Iterator[str]:
+    yield from sys.path  # no isolation, or torch in the build environment
+    yield sysconfig.get_paths()["platlib"]  # pip's isolation: the environment installed into
+    yield sysconfig.get_paths()["purelib"]
+    venv = os.environ.get("VIRTUAL_ENV")  # uv's isolation
+    if venv:
+        version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+        yield os.path.join(venv, "lib", version, "site-packages")
+
+
+def find_torch() -> Path | None:
+    """The torch package directory of the environment being installed into, or None."""
+    override = os.environ.get("FASTLM_TORCH_DIR")
+    if override:
+        return Path(override)
+    for folder in _site_packages():
+        torch = Path(folder or ".") / "torch"
+        if (torch / "include/torch/csrc/stable/library.h").exists():
+            return torch
+    return None
+
+
+def torch_version(torch: Path) -> tuple[str, str | None]:
+    """(version, CUDA version or None), read from torch/version.py without importing torch."""
+    namespace: dict[str, str | None] = {}
+    exec((torch / "version.py").read_text(), namespace)
+    return str(namespace["__version__"]), namespace.get("cuda")
+
+
+def find_cuda() -> Path | None:
+    """The CUDA toolkit root, or None; an nvcc that is a wrapper script is asked for its root."""
+    for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if root and (Path(root) / "bin/nvcc").exists() and _has_runtime(Path(root)):
+            return Path(root)
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, cwd="/")
+        top = re.search(r"TOP=(\S+)", dryrun.stderr)
+        if top and _has_runtime(Path(top[1]).resolve()):
+            return Path(top[1]).resolve()
+    return None
+
+
+def _has_runtime(root: Path) -> bool:
+    return (root / "include/cuda_runtime.h").exists()
+
+
+def cuda_arch_flags() -> list[str]:
+    """nvcc -gencode flags from TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0a", "+PTX" understood)."""
+    flags: list[str] = []
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS).replace(" ", ";")
+    for arch in filter(None, wanted.split(";")):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def use_cuda(torch_cuda: str | None, cuda: Path | None) -> bool:
+    """FASTLM_CUDA=0|1|auto; auto builds the CUDA library where nvcc is and torch has CUDA."""
+    wanted = os.environ.get("FASTLM_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        raise BuildError(f"FASTLM_CUDA: expected 0, 1 or auto, got {wanted!r}")
+    if wanted == "1" and cuda is None:
+        raise BuildError("FASTLM_CUDA=1 but no CUDA toolkit was found; set CUDA_HOME")
+    return wanted == "1" or (wanted == "auto" and cuda is not None and torch_cuda is not None)
+
+
+def is_x86() -> bool:
+    return sysconfig.get_platform().endswith(("x86_64", "amd64"))
+
+
+class Ninja:
+    """Collects build.ninja: rules first, then one line per file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines: list[str] = []
+
+    def rule(self, name: str, command: str, depfile: bool = True) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}"]
+        if depfile:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def build(self, rule: str, source: Path, output: str, **variables: str) -> str:
+        target = str(self.folder / output)
+        self.lines.append(f"build {target}: {rule} {source}")
+        self.lines += [f"  {name} = {value}" for name, value in variables.items()]
+        return target
+
+    def link(self, output: Path, objects: list[str], libs: str) -> None:
+        self.lines += [f"build {output}: link {' '.join(objects)}", f"  libs = {libs}"]
+
+    def write(self) -> None:
+        text = "\n".join(self.lines) + "\n"
+        file = self.folder / "build.ninja"
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+
+
+def build(outdir: Path, ext_suffix: str, tmp: Path) -> list[Path]:
+    """Compiles everything that changed; returns the libraries written to outdir."""
+    torch = find_torch()
+    if torch is None:
+        raise BuildError(
+            f"torch>={MIN_TORCH} not found; `pip install torch` first, or set FASTLM_TORCH_DIR"
+        )
+    version, torch_cuda = torch_version(torch)
+    cuda = find_cuda()
+    with_cuda = use_cuda(torch_cuda, cuda)
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        raise BuildError(f"no C++ compiler: {compiler!r} not found; install g++ or set CXX")
+    import pybind11
+
+    tmp, outdir = tmp.absolute(), outdir.absolute()
+    tmp.mkdir(parents=True, exist_ok=True)
+    outdir.mkdir(parents=True, exist_ok=True)
+
+    isas = list(ISA_FLAGS) if is_x86() else ["baseline"]
+    includes = [ROOT / "csrc"]
+    system = [pybind11.get_include(), sysconfig.get_paths()["include"], torch / "include"]
+    defines = [
+        f"TORCH_TARGET_VERSION={ABI_TARGET}",
+        "TORCH_STABLE_ONLY",
+        f'FASTLM_TORCH_VERSION=\\"{version}\\"',
+        f"FASTLM_WITH_CUDA={int(with_cuda)}",
+        f"FASTLM_X86={int(is_x86())}",
+    ]
+    flags = "-O3 -g0 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
+    flags += "-ffp-contract=fast -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized "
+    flags += " ".join([f"-I{i}" for i in includes] + [f"-isystem {i}" for i in system])
+    flags += "".join(f" -D{d}" for d in defines)
+
+    ninja = Ninja(tmp)
+    ninja.lines += [f"cxx = {compiler}", f"flags = {flags}"]
+    ninja.rule("cxx", "$cxx -MMD -MF $out.d $flags $extra -c $in -o $out")
+    ninja.rule("link", "$cxx -shared -Wl,--gc-sections -s $in -o $out $libs", depfile=False)
+
+    csrc = ROOT / "csrc"
+    objects = [ninja.build("cxx", csrc / "cpu/isa.cpp", "isa.o")]
+    for binding in sorted((csrc / "torch").glob("*.cpp")):
+        stem = binding.stem
+        objects.append(ninja.build("cxx", binding, f"{stem}.o"))
+        if (csrc / f"cpu/{stem}.h").exists() and (csrc / f"ops/{stem}.h").exists():
+            for isa in isas:
+                extra = f"{ISA_FLAGS[isa]} -DFASTLM_ISA={isa} -DFASTLM_STEM={stem}"
+                name = f"{stem}.{isa}.o"
+                objects.append(ninja.build("cxx", csrc / "cpu/target.cpp", name, extra=extra))
+    libs = f"-L{torch / 'lib'} -ltorch_cpu -lc10"
+    library = outdir / f"_C{ext_suffix}"
+    ninja.link(library, objects, libs)
+    written = [library]
+
+    if with_cuda:
+        assert cuda is not None
+        written.append(_cuda_library(ninja, cuda, outdir, libs))
+
+    ninja.write()
+    command = [shutil.which("ninja") or "ninja", "-C", str(tmp)]
+    if os.environ.get("MAX_JOBS"):
+        command += ["-j", os.environ["MAX_JOBS"]]
+    print(f"fastlm: building against torch {version}, CUDA kernels: {with_cuda}", flush=True)
+    subprocess.run(command, check=True)
+    return written
+
+
+def _cuda_library(ninja: Ninja, cuda: Path, outdir: Path, libs: str) -> Path:
+    """Rules for fastlm/_cuda.so: torch-free kernels and one stable-ABI binding per folder.
+
+    The CUDA runtime is linked statically, so the library loads without a GPU or a CUDA torch.
+    """
+    csrc = ROOT / "csrc"
+    ccbin = os.environ.get("NVCC_CCBIN") or os.environ.get("CXX")
+    nvcc = f"{cuda / 'bin/nvcc'}" + (f" -ccbin {shlex.split(ccbin)[-1]}" if ccbin else "")
+    flags = f"-std=c++20 -O3 --expt-relaxed-constexpr -lineinfo -I{csrc} -I{csrc / 'cuda'} "
+    flags += (
+        f"-Xcompiler -fPIC,-fvisibility=hidden --threads {os.environ.get('NVCC_THREADS', '1')} "
+    )
+    flags += " ".join(cuda_arch_flags())
+    ninja.lines += [f"nvcc = {nvcc}", f"nvflags = {flags}"]
+    ninja.rule("cuda", "$nvcc -MMD -MF $out.d $nvflags -c $in -o $out")
+    kernels = sorted((csrc / "cuda").glob("*.cu"))
+    objects = [ninja.build("cuda", kernel, f"{kernel.stem}.cu.o") for kernel in kernels]
+    extra = f"-DUSE_CUDA -isystem {cuda / 'include'}"
+    for binding in sorted((csrc / "torch/cuda").glob("*.cpp")):
+        objects.append(ninja.build("cxx", binding, f"{binding.stem}.cuda.o", extra=extra))
+    library = outdir / "_cuda.so"
+    ninja.link(library, objects, f"{libs} -L{cuda}/lib64 -lcudart_static -ldl -lrt -lpthread")
+    return library

@@ -1,0 +1,31 @@
+// The vector vocabulary every CPU kernel is written in, in three spellings.
+//
+//   VecF                 kLanes floats; + - * / work on it
+//   load(p), load(p, n)  from float, bf16 or fp16; the second reads n < kLanes lanes, rest 0
+//   store(p, v[, n])     to float, bf16 or fp16, rounding to nearest even
+//   stream(p, v)         store past the caches, p aligned to the vector
+//   set1, zero, fma(a, b, c) = a * b + c, vmax, vmin, vabs, vsqrt, vround (to nearest even)
+//   pow2(v, n) = v * 2^n for integral n
+//   below(i, n)          mask of the lanes i + lane < n; select(mask, a, b)
+//   less(a, b)           mask
+//   reduce_add, reduce_max   in a fixed order
+//   VecH, load_pairs(p), dot2(acc, a, b)   2 kLanes bf16 values: acc[l] += a[2l]b[2l] +
+//   a[2l+1]b[2l+1] broadcast_pair(p)    the bf16 pair at p in every lane
+//
+// No include guard and no includes: target.cpp includes it once, inside the set's namespace.
+template <class T>
+inline T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+inline T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+
+#if defined(__AVX512F__)
+#include "cpu/simd_avx512.h"
+#elif defined(__AVX2__)
+#include "cpu/simd_avx2.h"
+#else
+#include "cpu/simd_baseline.h"
+#endif

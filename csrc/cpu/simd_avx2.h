@@ -1,0 +1,119 @@
+// simd.h spelled in AVX2 + FMA + F16C intrinsics: 8 lanes.
+constexpr int kLanes = 8;
+using VecF = __m256;
+using Mask = __m256;  // all ones or all zeros per lane
+using VecH = __m256i;
+
+inline __m256i first(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline VecF zero() { return _mm256_setzero_ps(); }
+inline VecF set1(float x) { return _mm256_set1_ps(x); }
+
+inline VecF widen(__m128i half) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+template <class T>
+inline __m128i load_halves(const T* p, int n) {
+  alignas(16) T buffer[8] = {};
+  memcpy(buffer, p, sizeof(T) * static_cast<size_t>(n));
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
+}
+template <class T>
+inline void store_halves(T* p, __m128i v, int n) {
+  alignas(16) T buffer[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(buffer), v);
+  memcpy(p, buffer, sizeof(T) * static_cast<size_t>(n));
+}
+inline VecF load(const float* p) { return _mm256_loadu_ps(p); }
+inline VecF load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+inline VecF load(const bf16* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline VecF load(const bf16* p, int n) { return widen(load_halves(p, n)); }
+inline VecF load(const fp16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline VecF load(const fp16* p, int n) { return _mm256_cvtph_ps(load_halves(p, n)); }
+
+inline __m128i narrow(VecF v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  rounded = _mm256_castps_si256(
+      _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan));
+  const __m256i words = _mm256_srli_epi32(rounded, 16);
+  const __m256i packed = _mm256_packus_epi32(words, words);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+inline void store(float* p, VecF v) { _mm256_storeu_ps(p, v); }
+inline void store(float* p, VecF v, int n) { _mm256_maskstore_ps(p, first(n), v); }
+inline void store(bf16* p, VecF v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
+inline void store(bf16* p, VecF v, int n) { store_halves(p, narrow(v), n); }
+inline void store(fp16* p, VecF v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(fp16* p, VecF v, int n) {
+  store_halves(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), n);
+}
+inline void stream(float* p, VecF v) { _mm256_stream_ps(p, v); }
+inline void stream(bf16* p, VecF v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
+
+inline VecF fma(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
+inline VecF vmax(VecF a, VecF b) { return _mm256_max_ps(a, b); }
+inline VecF vmin(VecF a, VecF b) { return _mm256_min_ps(a, b); }
+inline VecF vabs(VecF v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+inline VecF vsqrt(VecF v) { return _mm256_sqrt_ps(v); }
+inline VecF vround(VecF v) {
+  return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// Two steps, so that results down to the denormals come out right.
+inline VecF pow2(VecF v, VecF n) {
+  const __m256i whole = _mm256_cvtps_epi32(n);
+  const __m256i half = _mm256_srai_epi32(whole, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256i a = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i b = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
+  return v * _mm256_castsi256_ps(a) * _mm256_castsi256_ps(b);
+}
+
+inline Mask less(VecF a, VecF b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+inline Mask below(int64_t i, int64_t n) {
+  const int64_t left = n - i;
+  return _mm256_castsi256_ps(first(left <= 0 ? 0 : left >= 8 ? 8 : static_cast<int>(left)));
+}
+inline VecF select(Mask m, VecF a, VecF b) { return _mm256_blendv_ps(b, a, m); }
+
+inline float reduce_add(VecF v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float reduce_max(VecF v) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline VecH load_pairs(const bf16* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline VecH load_pairs(const bf16* p, int n) {  // n values, n < 2 kLanes
+  alignas(32) bf16 buffer[16] = {};
+  memcpy(buffer, p, sizeof(bf16) * static_cast<size_t>(n));
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(buffer));
+}
+inline VecH broadcast_pair(const bf16* p) {
+  int pair;
+  memcpy(&pair, p, sizeof pair);
+  return _mm256_set1_epi32(pair);
+}
+inline VecF dot2(VecF acc, VecH a, VecH b) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  acc = fma(_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)), acc);
+  return fma(_mm256_castsi256_ps(_mm256_and_si256(a, high)),
+             _mm256_castsi256_ps(_mm256_and_si256(b, high)), acc);
+}

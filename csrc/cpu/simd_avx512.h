@@ -1,0 +1,95 @@
+// simd.h spelled in AVX-512 intrinsics: 16 lanes.
+constexpr int kLanes = 16;
+using VecF = __m512;
+using Mask = __mmask16;
+using VecH = __m512i;
+
+inline Mask first(int n) { return static_cast<Mask>((1u << n) - 1u); }
+inline VecF zero() { return _mm512_setzero_ps(); }
+inline VecF set1(float x) { return _mm512_set1_ps(x); }
+
+inline VecF widen(__m256i half) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline VecF load(const float* p) { return _mm512_loadu_ps(p); }
+inline VecF load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline VecF load(const bf16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline VecF load(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline VecF load(const fp16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline VecF load(const fp16* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+}
+
+inline __m256i narrow(VecF v) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+#endif
+}
+inline void store(float* p, VecF v) { _mm512_storeu_ps(p, v); }
+inline void store(float* p, VecF v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+inline void store(bf16* p, VecF v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
+}
+inline void store(bf16* p, VecF v, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }
+inline void store(fp16* p, VecF v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(fp16* p, VecF v, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void stream(float* p, VecF v) { _mm512_stream_ps(p, v); }
+inline void stream(bf16* p, VecF v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v));
+}
+
+inline VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
+inline VecF vmax(VecF a, VecF b) { return _mm512_max_ps(a, b); }
+inline VecF vmin(VecF a, VecF b) { return _mm512_min_ps(a, b); }
+inline VecF vabs(VecF v) { return _mm512_abs_ps(v); }
+inline VecF vsqrt(VecF v) { return _mm512_sqrt_ps(v); }
+inline VecF vround(VecF v) {
+  return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline VecF pow2(VecF v, VecF n) { return _mm512_scalef_ps(v, n); }
+
+inline Mask less(VecF a, VecF b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+inline Mask below(int64_t i, int64_t n) {
+  const int64_t left = n - i;
+  return left <= 0 ? 0 : left >= 16 ? static_cast<Mask>(0xffff) : first(static_cast<int>(left));
+}
+inline VecF select(Mask m, VecF a, VecF b) { return _mm512_mask_mov_ps(b, m, a); }
+
+inline float reduce_add(VecF v) { return _mm512_reduce_add_ps(v); }
+inline float reduce_max(VecF v) { return _mm512_reduce_max_ps(v); }
+
+inline VecH load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }
+inline VecH load_pairs(const bf16* p, int n) {  // n values, n < 2 kLanes
+  return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1u), p);
+}
+inline VecH broadcast_pair(const bf16* p) {
+  int pair;
+  memcpy(&pair, p, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+inline VecF dot2(VecF acc, VecH a, VecH b) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#else
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  acc = fma(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
+            _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), acc);
+  return fma(_mm512_castsi512_ps(_mm512_and_si512(a, high)),
+             _mm512_castsi512_ps(_mm512_and_si512(b, high)), acc);
+#endif
+}

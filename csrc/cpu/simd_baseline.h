@@ -1,0 +1,143 @@
+// simd.h spelled in GCC vector extensions: 4 lanes, any processor.
+constexpr int kLanes = 4;
+typedef float VecF __attribute__((vector_size(16)));
+typedef int32_t Mask __attribute__((vector_size(16)));  // all ones or all zeros per lane
+typedef uint32_t VecU __attribute__((vector_size(16)));
+typedef uint16_t VecW __attribute__((vector_size(8)));
+typedef uint32_t VecH __attribute__((vector_size(16)));  // a bf16 pair per lane
+
+inline VecF zero() { return VecF{}; }
+inline VecF set1(float x) { return VecF{x, x, x, x}; }
+inline VecF as_float(VecU bits) { return reinterpret_cast<VecF>(bits); }
+inline VecU as_bits(VecF v) { return reinterpret_cast<VecU>(v); }
+
+inline float to_float(fp16 x) {  // exact, denormals included
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  uint32_t bits = rest + 0x38000000u;
+  float value;
+  if (rest >= 0x0f800000u) bits = rest | 0x7f800000u;  // infinity, NaN
+  memcpy(&value, &bits, sizeof value);
+  if (rest < 0x00800000u) value = static_cast<float>(x.bits & 0x7fffu) * 0x1p-24f;
+  memcpy(&bits, &value, sizeof bits);
+  bits |= sign;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline void from_float(float x, fp16* out) {  // to nearest even
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {
+    half = 0x7c00u;
+  } else if (bits < 0x38800000u) {
+    float magnitude;
+    memcpy(&magnitude, &bits, sizeof magnitude);
+    magnitude += 0.5f;  // lines the denormal's last bit up with the float's
+    uint32_t shifted;
+    memcpy(&shifted, &magnitude, sizeof shifted);
+    half = shifted - 0x3f000000u;
+  } else {
+    half = (bits + 0xfffu + (bits >> 13 & 1) - 0x38000000u) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(half | sign);
+}
+
+inline VecF load(const float* p) {
+  VecF v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline VecF load(const bf16* p) {
+  VecW half;
+  memcpy(&half, p, sizeof half);
+  return as_float(__builtin_convertvector(half, VecU) << 16);
+}
+inline VecF load(const fp16* p) {
+  return VecF{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+template <class T>
+inline VecF load(const T* p, int n) {
+  T buffer[kLanes] = {};
+  memcpy(buffer, p, sizeof(T) * static_cast<size_t>(n));
+  return load(buffer);
+}
+
+inline void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, VecF v) {
+  const VecU bits = as_bits(v);
+  const VecU rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const VecU nan = reinterpret_cast<VecU>(v != v);
+  const VecU words = (nan & (bits >> 16 | 0x40u)) | (~nan & rounded);
+  const VecW half = __builtin_convertvector(words, VecW);
+  memcpy(p, &half, sizeof half);
+}
+inline void store(fp16* p, VecF v) {
+  for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+}
+template <class T>
+inline void store(T* p, VecF v, int n) {
+  T buffer[kLanes];
+  store(buffer, v);
+  memcpy(p, buffer, sizeof(T) * static_cast<size_t>(n));
+}
+template <class T>
+inline void stream(T* p, VecF v) {
+  store(p, v);
+}
+
+inline VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
+inline VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
+inline VecF vabs(VecF v) { return as_float(as_bits(v) & 0x7fffffffu); }
+inline VecF vsqrt(VecF v) { return VecF{sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
+// Adding and taking off 1.5 * 2^23 leaves the nearest integer for |v| < 2^22.
+inline VecF vround(VecF v) {
+  const VecF magic = set1(12582912.0f);
+  VecF shifted = v + magic;
+  asm("" : "+m"(shifted));  // keeps the compiler from folding the pair away
+  return shifted - magic;
+}
+// Two steps, so that results down to the denormals come out right.
+inline VecF pow2(VecF v, VecF n) {
+  const Mask whole = __builtin_convertvector(n, Mask);
+  const Mask half = whole >> 1;
+  const VecF a = reinterpret_cast<VecF>((half + 127) << 23);
+  const VecF b = reinterpret_cast<VecF>((whole - half + 127) << 23);
+  return v * a * b;
+}
+
+inline Mask less(VecF a, VecF b) { return a < b; }
+inline Mask below(int64_t i, int64_t n) {
+  const int64_t left = n - i;
+  const int32_t k = left <= 0 ? 0 : left >= 4 ? 4 : static_cast<int32_t>(left);
+  return Mask{0, 1, 2, 3} < Mask{k, k, k, k};
+}
+inline VecF select(Mask m, VecF a, VecF b) { return m ? a : b; }
+
+inline float reduce_add(VecF v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float reduce_max(VecF v) { return max_of(max_of(v[0], v[2]), max_of(v[1], v[3])); }
+
+inline VecH load_pairs(const bf16* p) {
+  VecH v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline VecH load_pairs(const bf16* p, int n) {  // n values, n < 2 kLanes
+  bf16 buffer[2 * kLanes] = {};
+  memcpy(buffer, p, sizeof(bf16) * static_cast<size_t>(n));
+  return load_pairs(buffer);
+}
+inline VecH broadcast_pair(const bf16* p) {
+  uint32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return VecH{pair, pair, pair, pair};
+}
+inline VecF dot2(VecF acc, VecH a, VecH b) {
+  acc = fma(as_float(a << 16), as_float(b << 16), acc);
+  return fma(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u), acc);
+}

@@ -1,0 +1,35 @@
+// Compiles one row's CPU kernels for one instruction set.
+//
+// build_support/native.py compiles this file once per (stem, set) with -DFASTLM_STEM=rms_norm
+// -DFASTLM_ISA=avx2 and that set's flags. Everything inside lives in the namespace of its set and
+// an anonymous one: an inline function shared with another set's object could otherwise be linked
+// in its wider version and crash an older processor. Only C headers and intrinsics stay outside.
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if FASTLM_X86
+#include <immintrin.h>
+#endif
+
+#define FASTLM_STR_(x) #x
+#define FASTLM_STR(x) FASTLM_STR_(x)
+#define FASTLM_PATH(folder, stem) FASTLM_STR(folder / stem.h)
+
+#include "common/convert.h"
+#include FASTLM_PATH(ops, FASTLM_STEM)
+
+// Ends every kernel file: FASTLM_EXPORT(RmsNormKernels, rms_norm) = {...};
+#define FASTLM_EXPORT(Type, stem) \
+  }                               \
+  extern const Type stem;         \
+  const Type stem
+
+namespace fastlm {
+namespace FASTLM_ISA {
+namespace {
+#include "cpu/simd.h"
+#include "cpu/math.h"
+#include FASTLM_PATH(cpu, FASTLM_STEM)
+}  // namespace
+}  // namespace FASTLM_ISA

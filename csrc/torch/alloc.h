@@ -1,0 +1,115 @@
+// What every binding needs of a tensor: cheap allocation, element type, pointers, parallel loops.
+//
+// Arguments were checked in Python (fastlm/ops/X.py), where the message can name the user's
+// argument; a binding only asserts what would make it read the wrong memory.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+
+#include "common/convert.h"
+
+namespace fastlm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+  }
+}
+
+// A fresh contiguous CPU tensor: 0.5 us, half of what torch::stable::new_empty costs.
+inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[8], stride = 1;
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(dims <= 8, "at most 8 dimensions");
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[d], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides,
+                                                  static_cast<int32_t>(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A fresh contiguous CPU tensor of t's shape and type, whatever t's strides.
+inline Tensor empty_cpu_like(const Tensor& t) {
+  int64_t strides[16], stride = 1;
+  const auto sizes = t.sizes();
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(dims <= 16, "at most 16 dimensions");
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides,
+                                                  static_cast<int32_t>(t.scalar_type()),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// t itself where it is contiguous, else a contiguous copy.
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional<Tensor>(dense(*t)) : std::nullopt;
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? t->const_data_ptr() : nullptr;
+}
+inline DType dtype_or_float(const std::optional<Tensor>& t) {
+  return t.has_value() ? dtype_of(*t) : DType::kFloat32;
+}
+
+// Runs f(begin, end) over [0, items) on PyTorch's threads; a task is worth at least
+// `grain_bytes` of memory traffic, so that small inputs stay on the calling thread.
+template <class F>
+void parallel_rows(int64_t items, int64_t bytes_per_item, const F& f,
+                   int64_t grain_bytes = 64 * 1024) {
+  const int64_t grain = std::max<int64_t>(1, grain_bytes / std::max<int64_t>(1, bytes_per_item));
+  if (items <= grain) {
+    if (items > 0) f(0, items);
+    return;
+  }
+  torch::stable::parallel_for(0, items, grain, f);
+}
+
+// Sums fp32 partials [blocks, cols] over the blocks, in order, to a tensor [cols] of `dtype`.
+inline Tensor sum_blocks(const Tensor& partial, ScalarType dtype) {
+  const int64_t blocks = partial.size(0), cols = partial.size(1);
+  Tensor out = empty_cpu({cols}, dtype);
+  float* rows = static_cast<float*>(partial.mutable_data_ptr());
+  for (int64_t b = 1; b < blocks; ++b) {
+    for (int64_t i = 0; i < cols; ++i) rows[i] += rows[b * cols + i];
+  }
+  if (dtype == ScalarType::Float) {
+    std::copy(rows, rows + cols, static_cast<float*>(out.mutable_data_ptr()));
+  } else {
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "expected float32 or bfloat16");
+    uint16_t* bits = static_cast<uint16_t*>(out.mutable_data_ptr());
+    std::transform(rows, rows + cols, bits, bf16_bits);
+  }
+  return out;
+}
+
+}  // namespace fastlm

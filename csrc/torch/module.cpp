@@ -1,0 +1,36 @@
+// The Python module fastlm._C: what was built and what runs. Torch-free but for the fact that
+// importing it registers the kernels of the other files.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "fastlm's native kernels; importing it registers them with PyTorch.";
+  m.def(
+      "cpu_isa", [] { return fastlm::isa_name(fastlm::active_isa()); },
+      "The instruction set in use: baseline, avx2, avx512 or avx512bf16.");
+  m.def(
+      "supported_isas",
+      [] {
+        py::list names;
+        for (int i = 0; i <= static_cast<int>(fastlm::Isa::kAvx512Bf16); ++i) {
+          const auto isa = static_cast<fastlm::Isa>(i);
+          if (fastlm::isa_supported(isa)) names.append(fastlm::isa_name(isa));
+        }
+        return names;
+      },
+      "The instruction sets this processor and operating system offer.");
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["compiler"] = __VERSION__;
+        info["torch"] = FASTLM_TORCH_VERSION;
+        info["torch_abi"] = "2.11";
+        info["cuda"] = static_cast<bool>(FASTLM_WITH_CUDA);
+        return info;
+      },
+      "Compiler, torch it was compiled against, stable ABI version, whether CUDA was built.");
+}

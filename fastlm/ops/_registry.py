@@ -1,0 +1,149 @@
+"""The one place that decides which implementation of an operator runs.
+
+A backend is one way of computing an operator. Each operator lists its backends per device, best
+first; a backend answers `unsupported(...)` with the reasons it cannot take these arguments, an
+empty list meaning that it can. `choose` returns the first that can, or the one forced by
+FASTLM_BACKEND or `use_backend`; a forced backend that cannot run raises. Nothing falls back in
+silence: `fastlm.explain` prints every verdict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastlm import _ext, settings
+
+Reasons = list[str]
+# (dtype, facts about the call, by name) -> reasons why the backend cannot run it
+Unsupported = Callable[..., Reasons]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one operator."""
+
+    name: str  # "cpu", "cuda", "triton", "torch" or "reference"
+    devices: tuple[str, ...]  # device types it serves; empty: all
+    unsupported: Unsupported
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the chooser decided for one call, and why the others were passed over."""
+
+    stem: str
+    device: str
+    dtype: torch.dtype
+    facts: dict[str, Any]
+    chosen: str
+    refused: dict[str, Reasons]  # backend -> reasons
+    idle: list[str]  # able backends that stand behind the chosen one
+
+
+_backends: dict[str, list[Backend]] = {}
+_verdicts: dict[tuple[Any, ...], str] = {}
+_forced: str | None = settings.forced_backend()
+_recording: list[Verdict] | None = None
+
+
+def register(stem: str, *backends: Backend) -> None:
+    """Declares an operator's backends, best first; "reference" is added last."""
+    _backends[stem] = [*backends, Backend("reference", (), lambda dtype, **facts: [])]
+
+
+def stems() -> list[str]:
+    """All operators."""
+    return sorted(_backends)
+
+
+def implementations(stem: str, device: str = "cpu") -> list[str]:
+    """The backends of an operator that serve a device type and are present here."""
+    return [b.name for b in _backends[stem] if not _absent(b, device)]
+
+
+def choose(stem: str, x: torch.Tensor, **facts: Any) -> str:
+    """The backend that runs operator `stem` on tensors like x; facts are hashable."""
+    device = x.device.type
+    if torch.compiler.is_compiling():
+        return _decide(stem, device, x.dtype, facts).chosen
+    key = (stem, device, x.dtype, *facts.values())
+    name = _verdicts.get(key)
+    if name is None or _recording is not None:
+        verdict = _decide(stem, device, x.dtype, facts)
+        if _recording is not None:
+            _recording.append(verdict)
+        name = _verdicts[key] = verdict.chosen
+    return name
+
+
+def _absent(backend: Backend, device: str) -> Reasons:
+    if backend.devices and device not in backend.devices:
+        return [f"serves {', '.join(backend.devices)} tensors, not {device}"]
+    if backend.name == "cpu" and _ext.native is None:
+        return [_ext.native_error or "no native kernels"]
+    if backend.name == "cuda" and not _ext.cuda_loaded:
+        return [_ext.cuda_error or "no CUDA kernels"]
+    return []
+
+
+def _decide(stem: str, device: str, dtype: torch.dtype, facts: dict[str, Any]) -> Verdict:
+    refused: dict[str, Reasons] = {}
+    able: list[str] = []
+    for backend in _backends[stem]:
+        reasons = _absent(backend, device) or backend.unsupported(dtype, **facts)
+        if reasons:
+            refused[backend.name] = reasons
+        else:
+            able.append(backend.name)
+    chosen = able[0]
+    if _forced is not None:
+        if _forced not in able:
+            why = "; ".join(refused.get(_forced, ["this operator has no such implementation"]))
+            raise RuntimeError(f"{stem}: backend {_forced!r} is forced but cannot run: {why}")
+        chosen = _forced
+    idle = [name for name in able if name != chosen]
+    return Verdict(stem, device, dtype, dict(facts), chosen, refused, idle)
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Forces one backend inside the block, as FASTLM_BACKEND does; None lets the chooser choose."""
+    global _forced
+    if name is not None and name not in settings.BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(settings.BACKENDS)}, got {name!r}")
+    before, _forced = _forced, name
+    _verdicts.clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        _verdicts.clear()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Verdict]]:
+    """Collects the verdicts of every operator call inside the block."""
+    global _recording
+    before, verdicts = _recording, []
+    _recording = verdicts
+    try:
+        yield verdicts
+    finally:
+        _recording = before
+
+
+def native(*dtypes: torch.dtype) -> Unsupported:
+    """`unsupported` of a backend whose only limit is a list of element types."""
+
+    def unsupported(dtype: torch.dtype, **facts: Any) -> Reasons:
+        if dtype in dtypes:
+            return []
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        return [f"takes {names}, not {str(dtype).removeprefix('torch.')}"]
+
+    return unsupported

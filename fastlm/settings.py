@@ -1,0 +1,34 @@
+"""Every environment variable fastlm reads, in one place.
+
+=================  ==========================================================================
+FASTLM_BACKEND     Forces one implementation for every operator: ``cpu``, ``cuda``,
+                   ``triton``, ``torch`` or ``reference``. An operator that cannot run there
+                   raises an error that names the reasons.
+FASTLM_CPU_ISA     Forces one CPU instruction set: ``baseline``, ``avx2``, ``avx512`` or
+                   ``avx512bf16``. An unknown or unsupported one raises.
+FASTLM_QUIET       ``1`` silences the one warning given when no native kernels are present.
+=================  ==========================================================================
+
+Read by the build only (``build_support/native.py``): ``FASTLM_CUDA`` (``0``, ``1``, ``auto``),
+``FASTLM_TORCH_DIR``, ``FASTLM_REQUIRE_NATIVE``, ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``,
+``CUDA_PATH``, ``NVCC_CCBIN``, ``NVCC_THREADS``, ``CXX``, ``MAX_JOBS``.
+"""
+
+from __future__ import annotations
+
+import os
+
+BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")
+
+
+def forced_backend() -> str | None:
+    """The backend FASTLM_BACKEND names, or None; an unknown name raises ValueError."""
+    name = os.environ.get("FASTLM_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"FASTLM_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def quiet() -> bool:
+    """Whether the warning about missing native kernels is off."""
+    return os.environ.get("FASTLM_QUIET") == "1"
