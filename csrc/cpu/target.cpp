@@ -14,7 +14,9 @@
 
 #define FASTLM_STR_(x) #x
 #define FASTLM_STR(x) FASTLM_STR_(x)
-#define FASTLM_PATH(folder, stem) FASTLM_STR(folder / stem.h)
+// clang-format off
+#define FASTLM_PATH(folder, stem) FASTLM_STR(folder/stem.h)  // no blanks: it names a file
+// clang-format on
 
 #include "common/convert.h"
 #include FASTLM_PATH(ops, FASTLM_STEM)

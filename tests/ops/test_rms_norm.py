@@ -72,9 +72,8 @@ def test_same_bits_for_any_number_of_threads():
             results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight))))
     finally:
         torch.set_num_threads(before)
-    assert all(
-        torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
-    )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_fullgraph_compile_forward_and_backward():
