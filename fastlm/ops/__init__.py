@@ -1,18 +1,22 @@
 """The operators. Each is a plain function of tensors; see its docstring for the equation."""
 
 from fastlm.ops._registry import implementations, use_backend
+from fastlm.ops.decode_attention import decode_attention
 from fastlm.ops.feed_forward import feed_forward
 from fastlm.ops.linear import linear
 from fastlm.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
 from fastlm.ops.rms_norm import rms_norm
+from fastlm.ops.rope import rope
 
 __all__ = [
     "QuantizedWeight",
+    "decode_attention",
     "feed_forward",
     "implementations",
     "linear",
     "quantize_weight",
     "quantized_linear",
     "rms_norm",
+    "rope",
     "use_backend",
 ]

@@ -1,0 +1,142 @@
+"""Attention of a few new queries against a long cache of keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.ops import _checks
+from fastlm.ops._registry import choose, register
+
+register("decode_attention")
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor | int,
+    *,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """out[b,h,i] = sum_j p_j v[b,g,j], p = softmax_j(scale q[b,h,i] . k[b,g,j]), g = h Hkv / Hq.
+
+    Sequence b has lengths[b] keys, the new tokens' own included. Query i stands at position
+    p_i = lengths[b] - Tq + i and sees the keys 0 <= j <= p_i, with a window those with
+    j > p_i - window. A query that sees no key gives zeros.
+
+    Args:
+        q: [B, Hq, Tq, D], any strides; fp32, bf16, fp16 or fp64.
+        k_cache: [B, Hkv, S, D] of q's dtype, any strides, Hq a multiple of Hkv; or pages
+            [blocks, Hkv, block_size, D]. Rows beyond a sequence's length are never used.
+        v_cache: like k_cache, last dimension Dv.
+        lengths: int32 or int64 [B], or one int for all; 0 <= lengths <= S.
+        block_table: int32 or int64 [B, n]: the pages of each sequence in order; entries beyond
+            its length are not looked at. Then S = n * block_size.
+        scale: 1 / sqrt(D) by default.
+        window: at least 1; None for all keys.
+        softcap: scores become softcap * tanh(scores / softcap).
+        alibi_slopes: [Hq] or [B, Hq]; slope * (j - p_i) is added to the scores.
+        sinks: [Hq], the logit of one more key whose value is zero.
+
+    Returns:
+        [B, Hq, Tq, Dv] of q's dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or length that does not fit.
+        TypeError: an argument of the wrong kind.
+
+    Scores and sums are fp32 with one rounding to q's dtype; the same input gives the same bits for
+    any number of threads. Differentiable through the reference.
+    Source: Dao et al., "Flash-Decoding for long-context inference", 2023; arXiv:2205.14135.
+
+    >>> q, k = torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 8, 4)
+    >>> decode_attention(q, k, torch.ones(1, 1, 8, 4), 5)[0, 0]
+    tensor([[1., 1., 1., 1.]])
+    """
+    _check(q, k_cache, v_cache, lengths, block_table, window, softcap, alibi_slopes, sinks)
+    choose("decode_attention", q)
+    return reference.decode_attention(
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        block_table=block_table,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor | int,
+    block_table: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
+    op = "decode_attention"
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _checks.floating(op, name, x)
+        _checks.rank(op, name, x, 4)
+        _checks.same_dtype(op, name, x, q)
+        _checks.same_device(op, name, x, q)
+    batch, heads, _, size = q.shape
+    kv_heads, keys = k_cache.shape[1:3]
+    rows = batch if block_table is None else k_cache.shape[0]
+    _checks.shape(op, "k_cache", k_cache, (rows, kv_heads, keys, size))
+    _checks.shape(op, "v_cache", v_cache, (rows, kv_heads, keys, v_cache.shape[3]))
+    if heads % max(kv_heads, 1) or (kv_heads == 0 and heads):
+        raise _checks.fail(op, "q", f"a multiple of {kv_heads} heads", heads)
+    if block_table is not None:
+        _integers(op, "block_table", block_table, q)
+        _checks.rank(op, "block_table", block_table, 2)
+        _checks.shape(op, "block_table", block_table, (batch, block_table.shape[1]))
+        keys *= block_table.shape[1]
+    if isinstance(lengths, Tensor):
+        _integers(op, "lengths", lengths, q)
+        _checks.shape(op, "lengths", lengths, (batch,))
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            for length in lengths.tolist():
+                _in_cache(op, length, keys)
+    elif isinstance(lengths, bool) or not isinstance(lengths, (int, torch.SymInt)):
+        raise TypeError(f"{op}: lengths must be a tensor or an int, got {type(lengths).__name__}")
+    else:
+        _in_cache(op, lengths, keys)
+    if window is not None:
+        _checks.positive(op, "window", window)
+    if softcap is not None:
+        _checks.positive(op, "softcap", softcap)
+    if alibi_slopes is not None:
+        _checks.floating(op, "alibi_slopes", alibi_slopes)
+        _checks.rank(op, "alibi_slopes", alibi_slopes, 1, 2)
+        _checks.shape(op, "alibi_slopes", alibi_slopes, (batch, heads)[2 - alibi_slopes.dim() :])
+        _checks.same_device(op, "alibi_slopes", alibi_slopes, q)
+    if sinks is not None:
+        _checks.floating(op, "sinks", sinks)
+        _checks.shape(op, "sinks", sinks, (heads,))
+        _checks.same_device(op, "sinks", sinks, q)
+
+
+def _integers(op: str, argument: str, value: Tensor, like: Tensor) -> None:
+    _checks.tensor(op, argument, value)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {argument} must be int32 or int64, got {value.dtype}")
+    _checks.same_device(op, argument, value, like)
+
+
+def _in_cache(op: str, length: int, keys: int) -> None:
+    if not 0 <= length <= keys:
+        raise _checks.fail(op, "lengths", f"between 0 and {keys}, the cache's size", length)
