@@ -1,19 +1,28 @@
 """The operators. Each is a plain function of tensors; see its docstring for the equation."""
 
 from fastlm.ops._registry import implementations, use_backend
+from fastlm.ops.activation import activation, gated_activation
+from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.decode_attention import decode_attention
 from fastlm.ops.feed_forward import feed_forward
+from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear import linear
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rope import rope
 
 __all__ = [
     "QuantizedWeight",
+    "activation",
+    "cross_entropy",
     "decode_attention",
     "feed_forward",
+    "gated_activation",
     "implementations",
+    "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "quantize_weight",
     "quantized_linear",
     "rms_norm",

@@ -1,15 +1,24 @@
+from fastlm.reference.activation import activation, gated_activation
+from fastlm.reference.cross_entropy import cross_entropy
 from fastlm.reference.decode_attention import decode_attention
 from fastlm.reference.feed_forward import feed_forward
+from fastlm.reference.layer_norm import layer_norm
 from fastlm.reference.linear import linear
+from fastlm.reference.linear_cross_entropy import linear_cross_entropy
 from fastlm.reference.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
 from fastlm.reference.rms_norm import rms_norm
 from fastlm.reference.rope import rope, rotated_width
 
 __all__ = [
     "QuantizedWeight",
+    "activation",
+    "cross_entropy",
     "decode_attention",
     "feed_forward",
+    "gated_activation",
+    "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "quantize_weight",
     "quantized_linear",
     "rms_norm",
