@@ -2,6 +2,7 @@
 
 from fastlm.ops._registry import implementations, use_backend
 from fastlm.ops.activation import activation, gated_activation
+from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.decode_attention import decode_attention
 from fastlm.ops.feed_forward import feed_forward
@@ -15,6 +16,7 @@ from fastlm.ops.rope import rope
 __all__ = [
     "QuantizedWeight",
     "activation",
+    "attention",
     "cross_entropy",
     "decode_attention",
     "feed_forward",

@@ -1,4 +1,5 @@
 from fastlm.reference.activation import activation, gated_activation
+from fastlm.reference.attention import attention
 from fastlm.reference.cross_entropy import cross_entropy
 from fastlm.reference.decode_attention import decode_attention
 from fastlm.reference.feed_forward import feed_forward
@@ -12,6 +13,7 @@ from fastlm.reference.rope import rope, rotated_width
 __all__ = [
     "QuantizedWeight",
     "activation",
+    "attention",
     "cross_entropy",
     "decode_attention",
     "feed_forward",

@@ -1,0 +1,247 @@
+"""Scaled dot-product attention: causal, windowed, grouped heads, masks, packed sequences."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.ops import _checks
+from fastlm.ops._registry import choose, register
+
+register("attention")
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    deterministic: bool | None = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    return_lse: Literal[True],
+    deterministic: bool | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out_i = sum_j softmax_j(s_ij) v_j with s_ij = scale q_i . k_j over the keys i sees.
+
+    Query i stands at position p_i = i + Tk - Tq: the last query beside the last key.
+
+    Args:
+        q: [B, Hq, Tq, D]; fp32, bf16, fp16 or fp64; any strides.
+        k: [B, Hkv, Tk, D], like q; Hkv divides Hq and head h of q uses head h // (Hq / Hkv).
+        v: [B, Hkv, Tk, Dv], like q.
+        causal: key j is seen when j <= p_i.
+        scale: of the scores; 1 / sqrt(D) when None.
+        window: W >= 1; key j is seen when p_i - W < j < p_i + W (with `causal` only the left).
+        softcap: c > 0; scores become c tanh(s / c), before the terms below.
+        alibi_slopes: [Hq] or [B, Hq]; slope |p_i - j| is taken off the score.
+        sinks: [Hq]; one more score per head, in the denominator of the softmax only.
+        mask: broadcastable to [B, Hq, Tq, Tk]; bool (True: seen) or floating (added).
+        cu_seqlens_q: [N + 1] int32, from 0 to total: N sequences packed one after the other into
+            q [total, Hq, D], k [total_k, Hkv, D], v [total_k, Hkv, Dv], none seeing another.
+        cu_seqlens_k: the same for k and v; cu_seqlens_q when None.
+        return_lse: also returns log sum_j exp(s_ij), the sink included.
+        deterministic: every CPU kernel is; accepted for backends that offer a faster order.
+
+    Returns:
+        out [B, Hq, Tq, Dv] of q's dtype, a view of a [B, Tq, Hq, Dv] tensor where a kernel made it
+        (packed: [total, Hq, Dv]); with return_lse the pair (out, lse), lse [B, Hq, Tq] (packed:
+        [Hq, total]) in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: a shape, dtype, device or option that does not fit.
+        TypeError: an argument that is no tensor of the kind asked for.
+
+    A query that sees no key gives zeros and lse = -inf (with a sink: the sink), never NaN. Scores,
+    softmax and sums are fp32; for bf16 the weights are rounded to bf16 before they meet v. The
+    same input gives the same bits for any number of threads. Differentiable once in q, k, v,
+    alibi_slopes, sinks and a floating mask.
+    Source: Dao, arXiv:2307.08691, algorithms 1 and 2; sinks: Xiao et al., arXiv:2309.17453.
+
+    >>> q = torch.ones(1, 1, 2, 4)
+    >>> attention(q, q, torch.eye(2)[None, None], causal=True)[0, 0]
+    tensor([[1.0000, 0.0000],
+            [0.5000, 0.5000]])
+    """
+    if cu_seqlens_q is None:
+        _check(q, k, v)
+        if cu_seqlens_k is not None:
+            raise _checks.fail("attention", "cu_seqlens_k", "given with cu_seqlens_q", "alone")
+    else:
+        _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, mask)
+    if not (window is softcap is alibi_slopes is sinks is mask is None):
+        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        _check_options(q, k, batch, window, softcap, alibi_slopes, sinks, mask)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    choose("attention", q)
+    return reference.attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        mask=mask,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        return_lse=return_lse,
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        a, b, c = q.shape, k.shape, v.shape
+        if (
+            len(a) == len(b) == len(c) == 4
+            and a[0] == b[0] == c[0]
+            and b[1] == c[1] > 0
+            and a[1] % b[1] == 0
+            and b[2] == c[2]
+            and a[3] == b[3] > 0
+            and q.dtype == k.dtype == v.dtype
+            and q.dtype in _checks.FLOATS
+            and q.device == k.device == v.device
+        ):
+            return
+    _explain(q, k, v, 4)
+
+
+def _explain(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
+    """Raises the error that names what does not fit."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _checks.floating("attention", name, x)
+        _checks.rank("attention", name, x, rank)
+    for name, x in (("k", k), ("v", v)):
+        _checks.same_dtype("attention", name, x, q)
+        _checks.same_device("attention", name, x, q)
+    batch, (hq, _), (hkv, tk) = q.shape[:-3], q.shape[-3:-1], k.shape[-3:-1]
+    if rank == 3:
+        (tk, hkv), hq = k.shape[:2], q.shape[1]
+    if hkv == 0 or hq % hkv:
+        raise _checks.fail("attention", "k", f"of a head count that divides {hq}", f"{hkv} heads")
+    if q.shape[-1] == 0:
+        raise _checks.fail("attention", "q", "of a head size of 1 or more", list(q.shape))
+    keys = (hkv, tk) if rank == 4 else (tk, hkv)
+    _checks.shape("attention", "k", k, (*batch, *keys, q.shape[-1]))
+    _checks.shape("attention", "v", v, (*batch, *keys, v.shape[-1]))
+
+
+def _check_packed(
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor | None, mask: Tensor | None
+) -> None:
+    _explain(q, k, v, 3)
+    if mask is not None:
+        raise _checks.fail("attention", "mask", "None for packed sequences", "a mask")
+    for name, starts in (("cu_seqlens_q", starts_q), ("cu_seqlens_k", starts_k)):
+        if starts is None:
+            continue
+        _checks.tensor("attention", name, starts)
+        if starts.dtype != torch.int32:
+            raise _checks.fail("attention", name, "of torch.int32", starts.dtype)
+        _checks.rank("attention", name, starts, 1)
+        _checks.same_device("attention", name, starts, q)
+        if starts.shape[0] < 1:
+            raise _checks.fail("attention", name, "of one element or more", list(starts.shape))
+    if starts_k is not None:
+        _checks.shape("attention", "cu_seqlens_k", starts_k, starts_q.shape)
+    if torch.compiler.is_compiling() or q.device.type != "cpu":
+        return  # their values are known to the device only
+    _check_starts("cu_seqlens_q", starts_q.tolist(), q.shape[0])
+    name = "cu_seqlens_q" if starts_k is None else "cu_seqlens_k"
+    _check_starts(name, (starts_q if starts_k is None else starts_k).tolist(), k.shape[0])
+
+
+def _check_starts(name: str, starts: list[int], total: int) -> None:
+    if starts[0] != 0 or starts[-1] != total or starts != sorted(starts):
+        raise _checks.fail("attention", name, f"rising from 0 to {total}", starts)
+
+
+def _check_options(
+    q: Tensor,
+    k: Tensor,
+    batch: int,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    if window is not None and window < 1:
+        raise _checks.fail("attention", "window", "1 or more", window)
+    if softcap is not None:
+        _checks.positive("attention", "softcap", softcap)
+    heads = q.shape[1]
+    if alibi_slopes is not None:
+        _checks.floating("attention", "alibi_slopes", alibi_slopes)
+        _checks.same_device("attention", "alibi_slopes", alibi_slopes, q)
+        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+            wanted = f"[{heads}] or [{batch}, {heads}]"
+            raise _checks.fail("attention", "alibi_slopes", wanted, list(alibi_slopes.shape))
+    if sinks is not None:
+        _checks.floating("attention", "sinks", sinks)
+        _checks.same_device("attention", "sinks", sinks, q)
+        _checks.shape("attention", "sinks", sinks, (heads,))
+    if mask is not None:
+        _checks.tensor("attention", "mask", mask)
+        if mask.dtype != torch.bool and mask.dtype not in _checks.FLOATS:
+            raise TypeError(f"attention: mask must be bool or floating-point, got {mask.dtype}")
+        _checks.same_device("attention", "mask", mask, q)
+        full = (*q.shape[:3], k.shape[2])
+        shape = mask.shape
+        if len(shape) > 4 or any(
+            n not in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False)
+        ):
+            raise _checks.fail("attention", "mask", f"broadcastable to {list(full)}", list(shape))
