@@ -1,16 +1,19 @@
 """Builds the native libraries; everything but that is in pyproject.toml."""
 
+import filecmp
 import os
 import shutil
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "build_support"))
-import native
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_support"))
+import native  # noqa: E402  (needs the line above)
 
 
 class NativeBuild(build_ext):
@@ -19,18 +22,29 @@ class NativeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         suffix = target.name.removeprefix("_C")
+        # Objects stay in the source tree whatever pip does, so that a second build is a no-op.
+        objects = ROOT / f"build/native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         try:
-            native.build(target.parent, suffix, Path(self.build_temp) / "native")
-        except native.BuildError as error:
+            native.build(target.parent, suffix, objects)
+        except native.NoCompiler as missing:
             if os.environ.get("FASTLM_REQUIRE_NATIVE") == "1":
-                raise SystemExit(f"fastlm: {error}") from error
-            warnings.warn(f"fastlm installs without native kernels: {error}", stacklevel=1)
+                raise SystemExit(f"fastlm: {missing}") from missing
+            warnings.warn(f"fastlm installs without native kernels: {missing}", stacklevel=1)
+        except native.BuildError as error:
+            raise SystemExit(f"fastlm: {error}") from error
 
     def copy_extensions_to_source(self) -> None:
-        """Editable installs: put the libraries beside the sources."""
-        built = Path(self.build_lib) / "fastlm"
-        for library in [*built.glob("_C*.so"), *built.glob("_cuda.so")]:
-            shutil.copy2(library, Path("fastlm") / library.name)
+        """Editable installs: put the libraries beside the sources, unless the same lie there."""
+        built, source = Path(self.build_lib) / "fastlm", ROOT / "fastlm"
+        for library in built.glob("*.so"):
+            target = source / library.name
+            if target.exists() and filecmp.cmp(library, target, shallow=False):
+                continue
+            fresh = target.with_suffix(".new")  # a running process keeps the old file
+            shutil.copy2(library, fresh)
+            fresh.replace(target)
+        if any(built.glob("_C*.so")) and not (built / "_cuda.so").exists():
+            (source / "_cuda.so").unlink(missing_ok=True)
 
 
 setup(

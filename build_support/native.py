@@ -7,6 +7,7 @@ instruction set (through csrc/cpu/target.cpp), `csrc/torch/X.cpp` once, `csrc/cu
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_TORCH = "2.11"
@@ -35,6 +37,10 @@ ISA_FLAGS = {
 
 class BuildError(RuntimeError):
     """Something the build needs is missing; the text says what and how to get it."""
+
+
+class NoCompiler(BuildError):
+    """No C++ compiler: the one thing fastlm can be installed without."""
 
 
 def _site_packages() -> Iterator[str]:
@@ -118,18 +124,20 @@ class Ninja:
         self.lines: list[str] = []
 
     def rule(self, name: str, command: str, depfile: bool = True) -> None:
-        self.lines += [f"rule {name}", f"  command = {command}"]
+        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $short"]
         if depfile:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
     def build(self, rule: str, source: Path, output: str, **variables: str) -> str:
+        """Adds one object file made from one source; returns its path."""
         target = str(self.folder / output)
-        self.lines.append(f"build {target}: {rule} {source}")
+        self.lines += [f"build {target}: {rule} {source}", f"  short = {output}"]
         self.lines += [f"  {name} = {value}" for name, value in variables.items()]
         return target
 
     def link(self, output: Path, objects: list[str], libs: str) -> None:
         self.lines += [f"build {output}: link {' '.join(objects)}", f"  libs = {libs}"]
+        self.lines.append(f"  short = {output.name}")
 
     def write(self) -> None:
         text = "\n".join(self.lines) + "\n"
@@ -137,9 +145,45 @@ class Ninja:
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
 
+    def run(self) -> None:
+        """Brings every output up to date; MAX_JOBS limits the processes."""
+        program = shutil.which("ninja")
+        command = [program] if program else [sys.executable, "-m", require_tool("ninja").__name__]
+        command += ["-C", str(self.folder)]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        subprocess.run(command, check=True)
+
+
+def require_compiler() -> str:
+    """The C++ compiler command, $CXX or g++; raises where its program is missing."""
+    compiler = os.environ.get("CXX", "g++")
+    words = shlex.split(compiler)
+    if words and Path(words[0]).name in ("ccache", "sccache", "distcc"):
+        words = words[1:]
+    if not words or shutil.which(words[0]) is None:
+        raise NoCompiler(f"no C++ compiler: {compiler!r} not found; install g++ or set CXX")
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").exists():
+        raise NoCompiler(f"no Python.h in {headers}; install Python's headers (python3-dev)")
+    return compiler
+
+
+def require_tool(name: str) -> ModuleType:
+    """A Python package the build needs, which pip brings unless build isolation is off."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise BuildError(f"{name} is not installed; `pip install ninja pybind11` first") from None
+
 
 def build(outdir: Path, ext_suffix: str, tmp: Path) -> list[Path]:
-    """Compiles everything that changed; returns the libraries written to outdir."""
+    """Compiles everything that changed; returns the libraries written to outdir.
+
+    Raises NoCompiler where there is no compiler, BuildError where something else is missing, and
+    subprocess.CalledProcessError where a file does not compile.
+    """
+    compiler = require_compiler()
     torch = find_torch()
     if torch is None:
         raise BuildError(
@@ -148,29 +192,20 @@ def build(outdir: Path, ext_suffix: str, tmp: Path) -> list[Path]:
     version, torch_cuda = torch_version(torch)
     cuda = find_cuda()
     with_cuda = use_cuda(torch_cuda, cuda)
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(shlex.split(compiler)[0]) is None:
-        raise BuildError(f"no C++ compiler: {compiler!r} not found; install g++ or set CXX")
-    import pybind11
+    pybind11 = require_tool("pybind11").get_include()
 
     tmp, outdir = tmp.absolute(), outdir.absolute()
     tmp.mkdir(parents=True, exist_ok=True)
     outdir.mkdir(parents=True, exist_ok=True)
 
     isas = list(ISA_FLAGS) if is_x86() else ["baseline"]
-    includes = [ROOT / "csrc"]
-    system = [pybind11.get_include(), sysconfig.get_paths()["include"], torch / "include"]
-    defines = [
-        f"TORCH_TARGET_VERSION={ABI_TARGET}",
-        "TORCH_STABLE_ONLY",
-        f'FASTLM_TORCH_VERSION=\\"{version}\\"',
-        f"FASTLM_WITH_CUDA={int(with_cuda)}",
-        f"FASTLM_X86={int(is_x86())}",
-    ]
     flags = "-O3 -g0 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
     flags += "-ffp-contract=fast -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized "
-    flags += " ".join([f"-I{i}" for i in includes] + [f"-isystem {i}" for i in system])
-    flags += "".join(f" -D{d}" for d in defines)
+    flags += f"-I{ROOT / 'csrc'} -isystem {torch / 'include'} -DFASTLM_X86={int(is_x86())} "
+    flags += f"-DTORCH_TARGET_VERSION={ABI_TARGET} -DTORCH_STABLE_ONLY"
+    # Only the module sees what changes from one build environment to the next.
+    module = f"-isystem {pybind11} -isystem {sysconfig.get_paths()['include']} "
+    module += f'-DFASTLM_TORCH_VERSION=\\"{version}\\" -DFASTLM_WITH_CUDA={int(with_cuda)}'
 
     ninja = Ninja(tmp)
     ninja.lines += [f"cxx = {compiler}", f"flags = {flags}"]
@@ -181,7 +216,8 @@ def build(outdir: Path, ext_suffix: str, tmp: Path) -> list[Path]:
     objects = [ninja.build("cxx", csrc / "cpu/isa.cpp", "isa.o")]
     for binding in sorted((csrc / "torch").glob("*.cpp")):
         stem = binding.stem
-        objects.append(ninja.build("cxx", binding, f"{stem}.o"))
+        extra = module if stem == "module" else ""
+        objects.append(ninja.build("cxx", binding, f"{stem}.o", extra=extra))
         if (csrc / f"cpu/{stem}.h").exists() and (csrc / f"ops/{stem}.h").exists():
             for isa in isas:
                 extra = f"{ISA_FLAGS[isa]} -DFASTLM_ISA={isa} -DFASTLM_STEM={stem}"
@@ -195,13 +231,12 @@ def build(outdir: Path, ext_suffix: str, tmp: Path) -> list[Path]:
     if with_cuda:
         assert cuda is not None
         written.append(_cuda_library(ninja, cuda, outdir, libs))
+    else:
+        (outdir / "_cuda.so").unlink(missing_ok=True)  # of an earlier build
 
     ninja.write()
-    command = [shutil.which("ninja") or "ninja", "-C", str(tmp)]
-    if os.environ.get("MAX_JOBS"):
-        command += ["-j", os.environ["MAX_JOBS"]]
-    print(f"fastlm: building against torch {version}, CUDA kernels: {with_cuda}", flush=True)
-    subprocess.run(command, check=True)
+    ninja.run()
+    print(f"fastlm: built against torch {version}, CUDA kernels: {with_cuda}", flush=True)
     return written
 
 

@@ -65,7 +65,9 @@ def compare(
     ]
 
 
-def check(call: Call, baseline: Call, oracle: Call, inputs: Sequence[Tensor | None], **kw: Any):
+def check(
+    call: Call, baseline: Call, oracle: Call, inputs: Sequence[Tensor | None], **kw: Any
+) -> None:
     """`compare`, raising AssertionError with the table when an error is over its budget."""
     errors = compare(call, baseline, oracle, inputs, **kw)
     assert all(e.ok for e in errors), "\n" + "\n".join(map(str, errors))

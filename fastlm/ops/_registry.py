@@ -61,9 +61,19 @@ def stems() -> list[str]:
     return sorted(_backends)
 
 
+def backends(stem: str) -> list[Backend]:
+    """All backends of an operator, best first, present here or not."""
+    return list(_backends[stem])
+
+
+def forced() -> str | None:
+    """The backend that FASTLM_BACKEND or `use_backend` forces, or None."""
+    return _forced
+
+
 def implementations(stem: str, device: str = "cpu") -> list[str]:
     """The backends of an operator that serve a device type and are present here."""
-    return [b.name for b in _backends[stem] if not _absent(b, device)]
+    return [b.name for b in _backends[stem] if not absent(b, device)]
 
 
 def choose(stem: str, x: torch.Tensor, **facts: Any) -> str:
@@ -81,7 +91,8 @@ def choose(stem: str, x: torch.Tensor, **facts: Any) -> str:
     return name
 
 
-def _absent(backend: Backend, device: str) -> Reasons:
+def absent(backend: Backend, device: str) -> Reasons:
+    """Why a backend cannot serve tensors of a device type here, whatever their shape or type."""
     if backend.devices and device not in backend.devices:
         return [f"serves {', '.join(backend.devices)} tensors, not {device}"]
     if backend.name == "cpu" and _ext.native is None:
@@ -95,7 +106,7 @@ def _decide(stem: str, device: str, dtype: torch.dtype, facts: dict[str, Any]) -
     refused: dict[str, Reasons] = {}
     able: list[str] = []
     for backend in _backends[stem]:
-        reasons = _absent(backend, device) or backend.unsupported(dtype, **facts)
+        reasons = absent(backend, device) or backend.unsupported(dtype, **facts)
         if reasons:
             refused[backend.name] = reasons
         else:
@@ -129,7 +140,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 def recording() -> Iterator[list[Verdict]]:
     """Collects the verdicts of every operator call inside the block."""
     global _recording
-    before, verdicts = _recording, []
+    verdicts: list[Verdict] = []
+    before = _recording
     _recording = verdicts
     try:
         yield verdicts

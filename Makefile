@@ -1,0 +1,36 @@
+# Every target sets up what it needs first (scripts/bootstrap.py: .venv, torch, the native build).
+PYTHON ?= python3
+SETUP = PY=$$($(PYTHON) scripts/bootstrap.py
+CPP = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+RUN = PYTHONPATH=$(CURDIR) $$PY
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench build clean
+
+help: ## this list
+	@echo "make TARGET, on a machine with Python >= 3.10, g++ and a package index:"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: ## a real chat model as it is, patched, and in fastlm's own decoder: an answer, a table, a plot
+	@$(SETUP) demo) && $(RUN) scripts/demo.py $(ARGS)
+
+test: ## all tests (ARGS="tests/ops -x" for some)
+	@$(SETUP) test) && $(RUN) -m pytest $(ARGS)
+
+lint: ## ruff, clang-format, mypy
+	@$(SETUP) dev) && $(RUN) -m ruff check . && $(RUN) -m ruff format --check . \
+	  && $(CPP) | xargs "$$(dirname $$PY)/clang-format" --dry-run -Werror \
+	  && $(RUN) -m mypy
+
+format: ## rewrites the sources the way lint wants them
+	@$(SETUP) dev) && $(RUN) -m ruff check --fix . && $(RUN) -m ruff format . \
+	  && $(CPP) | xargs "$$(dirname $$PY)/clang-format" -i
+
+bench: ## times every operator against PyTorch, each result checked first
+	@$(SETUP) bench) && $(RUN) -m benchmarks $(ARGS)
+
+build: ## compiles the native kernels that changed
+	@$(SETUP)) && echo "built; Python: $$PY"
+
+clean: ## removes what was built and the .venv
+	rm -rf build dist .venv *.egg-info fastlm/*.so
