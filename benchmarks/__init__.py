@@ -1,0 +1,1 @@
+"""Benchmarks: every operator beside its peers, results checked before anything is timed."""

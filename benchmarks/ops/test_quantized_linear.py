@@ -1,0 +1,47 @@
+"""quantized_linear: cases. The peer multiplies the same weight, dequantized beforehand."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+from benchmarks.case import DTYPES, Case, Work, randn, size
+from benchmarks.pytest_cases import benchmark_test
+from fastlm import ops, reference
+
+
+def case(dtype: str, bits: int, rows: int, k: int, n: int):
+    """Reads the integers and one fp16 scale per 32 of them, and x; writes y."""
+
+    def build() -> Work:
+        qweight = ops.quantize_weight(randn("fp32", n, k, scale=k**-0.5), bits)
+        w = qweight.dequantize(DTYPES[dtype])
+        return Work(
+            (randn(dtype, rows, k),),
+            lambda x: ops.quantized_linear(x, qweight),
+            lambda x: F.linear(x, w),
+            lambda x: reference.quantized_linear(x, qweight),
+        )
+
+    return Case(
+        op="quantized_linear",
+        shape=f"int{bits} {rows} row{'s' if rows > 1 else ''} {k}x{n} cold",
+        dtype=dtype,
+        backward=False,
+        bytes=n * k * bits // 8 + n * k // 16 + size(dtype, (rows, k), (rows, n)),
+        flops=2 * rows * k * n,
+        build=build,
+        cold=True,
+    )
+
+
+CASES = [
+    make
+    for dtype in DTYPES
+    for make in (
+        case(dtype, 8, 1, 768, 2048),
+        case(dtype, 4, 1, 768, 2048),
+        case(dtype, 8, 8, 768, 2048),
+    )
+]
+
+test_quantized_linear = benchmark_test(CASES)

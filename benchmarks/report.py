@@ -1,0 +1,181 @@
+"""`python -m benchmarks.report FILE`: a result file as a Markdown table.
+
+With --write the table goes between the markers of README.md and docs/performance.md, which name the
+file it came from, so that every published figure can be traced and rendered again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import results_file
+from benchmarks.machine import ROOT
+
+# What README shows of the operators: the shapes the project promises.
+HEADLINES = (
+    ("rms_norm", "2048x768", "fwd+bwd"),
+    ("layer_norm", "2048x768", "fwd+bwd"),
+    ("rope", "(1,2048,32,128)", "fwd"),
+    ("attention", "causal (1,12,1024,64)", "fwd"),
+    ("attention", "causal (1,12,1024,64)", "fwd+bwd"),
+    ("decode_attention", "1x12/12 heads, 2048 keys, 64", "fwd"),
+    ("linear", "1 row 768x2048 cold", "fwd"),
+    ("feed_forward", "gated silu 1 row 576x1536 cold", "fwd"),
+    ("cross_entropy", "512x32000", "fwd+bwd"),
+)
+DOCUMENTS = {"README.md": True, "docs/performance.md": False}  # whether only the headlines
+
+
+def render(content: dict, *, headlines: bool = False) -> str:
+    """The Markdown of a result file."""
+    if content.get("kind") == "demo":
+        return _demo(content)
+    return _ops(content, headlines)
+
+
+def _ops(content: dict, headlines: bool) -> str:
+    timed = [case for case in content["cases"] if case["status"] == "timed"]
+    peers = list(dict.fromkeys(name for case in timed for name in case["ratios"]))
+    dtypes = list(dict.fromkeys(case["dtype"] for case in timed))
+    rows: dict[tuple[str, str, str], dict[str, dict]] = {}
+    for case in timed:
+        key = (case["op"], case["shape"], case["direction"])
+        if not headlines or key in HEADLINES:
+            rows.setdefault(key, {})[case["dtype"]] = case
+
+    header = ["operator", "shape", "pass"]
+    for dtype in dtypes:
+        header += [dtype, *(f"against {peer}" for peer in peers), "of the floor"]
+    body = []
+    for (op, shape, direction), by_dtype in rows.items():
+        cells = [f"`{op}`", shape, direction]
+        for dtype in dtypes:
+            cells += _cells(by_dtype.get(dtype), peers)
+        body.append(cells)
+    table = _table(header, body, left=3)
+    return "\n\n".join(part for part in (_origin(content), table, _left_out(content)) if part)
+
+
+def _cells(case: dict | None, peers: Sequence[str]) -> list[str]:
+    if case is None:
+        return ["-"] * (len(peers) + 2)
+    ratios = [f"{case['ratios'][p]:.2f}x" if p in case["ratios"] else "-" for p in peers]
+    bold = [f"**{r}**" if r != "-" else r for r in ratios]
+    return [_duration(case["times_us"]["ours"]["median"]), *bold, f"{case['share_of_floor']:.0%}"]
+
+
+def _left_out(content: dict) -> str:
+    lines = []
+    for status, meaning in (
+        ("reference", "Not timed, no kernel of its own on this machine"),
+        ("wrong", "Not timed, wrong result"),
+        ("error", "Not timed, failed"),
+    ):
+        ops = dict.fromkeys(c["op"] for c in content["cases"] if c["status"] == status)
+        if ops:
+            lines.append(f"{meaning}: {', '.join(f'`{op}`' for op in ops)}.")
+    return " ".join(lines)
+
+
+def _origin(content: dict) -> str:
+    facts, settings, limits = content["machine"], content["settings"], content["limits"]
+    bandwidth = ", ".join(f"{level} {gbs:.0f}" for level, gbs in limits["bandwidth_gbs"].items())
+    peaks = ", ".join(f"{dtype} {peak:.0f}" for dtype, peak in limits["gflops"].items())
+    return (
+        f"{facts['cpu']} ({facts['isa'] or 'no native kernels'}), {settings['threads']} threads, "
+        f"torch {content['versions']['torch']}, {settings['allocator']}, "
+        f"{content['date'][:10]}, commit {content['commit']}. "
+        f"PyTorch reaches here: {bandwidth} GB/s; {peaks} GFLOP/s."
+    )
+
+
+def _demo(content: dict) -> str:
+    """original | patched | decoder, per dtype and measure."""
+    facts, settings = content["machine"], content["settings"]
+    variants = content["variants"]
+    body = []
+    for measure in content["measures"]:
+        for dtype, values in measure["values"].items():
+            first = values[variants[0]]
+            cells = [measure["name"], dtype]
+            for variant in variants:
+                value = values.get(variant)
+                if value is None or first is None:
+                    cells.append("-")
+                    continue
+                gain = value / first if measure["more_is_better"] else first / value
+                ratio = "" if variant == variants[0] else f" (**{gain:.2f}x**)"
+                cells.append(f"{_number(value)} {measure['unit']}{ratio}")
+            body.append(cells)
+    origin = (
+        f"{content['model']}, {facts['cpu']} ({facts['isa'] or 'no native kernels'}), "
+        f"{settings['threads']} threads, torch {content['versions']['torch']}, transformers "
+        f"{content['versions']['transformers']}, {settings['allocator']}, "
+        f"{content['date'][:10]}, commit {content['commit']}."
+    )
+    return f"{origin}\n\n{_table(['', 'dtype', *variants], body, left=2)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _duration(us: float) -> str:
+    return f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.1f} µs"
+
+
+def _table(header: Sequence[str], body: Iterable[Sequence[str]], left: int) -> str:
+    rule = ["---" if column < left else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body))
+
+
+def insert(document: str, kind: str, block: str, source: str) -> str:
+    """The document with its `figures: kind` block replaced; raises ValueError where it has none."""
+    pattern = re.compile(rf"(<!-- figures: {kind}\b[^>]*-->)\n.*?(<!-- end: {kind} -->)", re.DOTALL)
+    text = f"<!-- figures: {kind} from {source} -->\n{block}\n<!-- end: {kind} -->"
+    replaced, count = pattern.subn(lambda _: text, document)
+    if count != 1:
+        raise ValueError(f"expected one block of markers 'figures: {kind}', found {count}")
+    return replaced
+
+
+def published(document: str) -> list[tuple[str, str, str]]:
+    """(kind, source, block) of every filled block of a document."""
+    pattern = re.compile(r"<!-- figures: (\w+) from (\S+) -->\n(.*?)\n<!-- end: \1 -->", re.DOTALL)
+    return pattern.findall(document)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, or writes it into the documents."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--headlines", action="store_true", help="only the promised shapes")
+    parser.add_argument("--write", action="store_true", help="into README.md, docs/performance.md")
+    args = parser.parse_args(argv)
+    try:
+        content = results_file.read(args.file)
+        if not args.write:
+            print(render(content, headlines=args.headlines))
+            return 0
+        source = args.file.resolve()
+        if not source.is_relative_to(results_file.FOLDER):
+            raise ValueError(f"{args.file}: only files under benchmarks/results can be published")
+        for name, headlines in DOCUMENTS.items():
+            path = ROOT / name
+            block = render(content, headlines=headlines)
+            kind = content.get("kind", "ops")
+            relative = source.relative_to(ROOT).as_posix()
+            path.write_text(insert(path.read_text(), kind, block, relative))
+            print(f"written: {path}")
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
