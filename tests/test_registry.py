@@ -141,3 +141,14 @@ def test_info_names_a_preloaded_allocator(tmp_path):
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="module 'fastlm' has no attribute 'fly'"):
         _ = fastlm.fly
+
+
+def test_a_slower_backend_stands_back_but_can_be_forced(monkeypatch):
+    slow = _registry.Backend("torch", (), lambda dtype: [], lambda dtype: ["twice the time"])
+    monkeypatch.setitem(_registry._backends, "try_out", [])
+    _registry.register("try_out", slow)
+    with _registry.recording() as verdicts:
+        assert _registry.choose("try_out", X) == "reference"
+    assert verdicts[0].refused == {"torch": ["twice the time"]}
+    with ops.use_backend("torch"):
+        assert _registry.choose("try_out", X) == "torch"

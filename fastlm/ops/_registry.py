@@ -2,7 +2,8 @@
 
 A backend is one way of computing an operator. Each operator lists its backends per device, best
 first; a backend answers `unsupported(...)` with the reasons it cannot take these arguments, an
-empty list meaning that it can. `choose` returns the first that can, or the one forced by
+empty list meaning that it can, and `slower(...)` with the measured reasons to stand back although
+it can. `choose` returns the first that can and does not stand back, or the one forced by
 FASTLM_BACKEND or `use_backend`; a forced backend that cannot run raises. Nothing falls back in
 silence: `fastlm.explain` prints every verdict.
 """
@@ -30,6 +31,7 @@ class Backend:
     name: str  # "cpu", "cuda", "triton", "torch" or "reference"
     devices: tuple[str, ...]  # device types it serves; empty: all
     unsupported: Unsupported
+    slower: Unsupported = lambda dtype, **facts: []  # why one behind it is expected to be faster
 
 
 @dataclass(frozen=True)
@@ -105,19 +107,22 @@ def absent(backend: Backend, device: str) -> Reasons:
 def _decide(stem: str, device: str, dtype: torch.dtype, facts: dict[str, Any]) -> Verdict:
     refused: dict[str, Reasons] = {}
     able: list[str] = []
+    chosen = ""
     for backend in _backends[stem]:
         reasons = absent(backend, device) or backend.unsupported(dtype, **facts)
+        if not reasons:
+            able.append(backend.name)
+            reasons = backend.slower(dtype, **facts)
         if reasons:
             refused[backend.name] = reasons
-        else:
-            able.append(backend.name)
-    chosen = able[0]
+        chosen = chosen or ("" if reasons else backend.name)
     if _forced is not None:
         if _forced not in able:
             why = "; ".join(refused.get(_forced, ["this operator has no such implementation"]))
             raise RuntimeError(f"{stem}: backend {_forced!r} is forced but cannot run: {why}")
         chosen = _forced
-    idle = [name for name in able if name != chosen]
+        refused.pop(chosen, None)
+    idle = [name for name in able if name != chosen and name not in refused]
     return Verdict(stem, device, dtype, dict(facts), chosen, refused, idle)
 
 
