@@ -145,14 +145,14 @@ class Ninja:
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
 
-    def run(self) -> None:
-        """Brings every output up to date; MAX_JOBS limits the processes."""
+    def run(self, targets: list[str]) -> None:
+        """Brings the targets up to date; MAX_JOBS limits the processes."""
         program = shutil.which("ninja")
         command = [program] if program else [sys.executable, "-m", require_tool("ninja").__name__]
         command += ["-C", str(self.folder)]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
-        subprocess.run(command, check=True)
+        subprocess.run([*command, *targets], check=True)
 
 
 def require_compiler() -> str:
@@ -177,8 +177,10 @@ def require_tool(name: str) -> ModuleType:
         raise BuildError(f"{name} is not installed; `pip install ninja pybind11` first") from None
 
 
-def build(outdir: Path, ext_suffix: str, tmp: Path) -> list[Path]:
+def build(outdir: Path, ext_suffix: str, tmp: Path, *, only: str | None = None) -> list[Path]:
     """Compiles everything that changed; returns the libraries written to outdir.
+
+    `only` names one library to build ("_cuda.so") instead of all.
 
     Raises NoCompiler where there is no compiler, BuildError where something else is missing, and
     subprocess.CalledProcessError where a file does not compile.
@@ -235,7 +237,9 @@ def build(outdir: Path, ext_suffix: str, tmp: Path) -> list[Path]:
         (outdir / "_cuda.so").unlink(missing_ok=True)  # of an earlier build
 
     ninja.write()
-    ninja.run()
+    if only is not None:
+        written = [library for library in written if library.name == only]
+    ninja.run([str(library) for library in written])
     print(f"fastlm: built against torch {version}, CUDA kernels: {with_cuda}", flush=True)
     return written
 
@@ -248,10 +252,10 @@ def _cuda_library(ninja: Ninja, cuda: Path, outdir: Path, libs: str) -> Path:
     csrc = ROOT / "csrc"
     ccbin = os.environ.get("NVCC_CCBIN") or os.environ.get("CXX")
     nvcc = f"{cuda / 'bin/nvcc'}" + (f" -ccbin {shlex.split(ccbin)[-1]}" if ccbin else "")
-    flags = f"-std=c++20 -O3 --expt-relaxed-constexpr -lineinfo -I{csrc} -I{csrc / 'cuda'} "
-    flags += (
-        f"-Xcompiler -fPIC,-fvisibility=hidden --threads {os.environ.get('NVCC_THREADS', '1')} "
-    )
+    threads = os.environ.get("NVCC_THREADS", "1")
+    flags = "-std=c++20 -O3 -lineinfo -Werror all-warnings -Xfatbin -compress-all "
+    flags += f"-Xcompiler -fPIC,-fvisibility=hidden --threads {threads} "
+    flags += f"-I{csrc} -I{csrc / 'cuda'} "
     flags += " ".join(cuda_arch_flags())
     ninja.lines += [f"nvcc = {nvcc}", f"nvflags = {flags}"]
     ninja.rule("cuda", "$nvcc -MMD -MF $out.d $nvflags -c $in -o $out")

@@ -33,37 +33,32 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-// A fresh contiguous CPU tensor: 0.5 us, half of what torch::stable::new_empty costs.
-inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[8], stride = 1;
-  const int64_t dims = static_cast<int64_t>(sizes.size());
-  STD_TORCH_CHECK(dims <= 8, "at most 8 dimensions");
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[d], 1);
-  }
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides,
-                                                  static_cast<int32_t>(dtype),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// A fresh contiguous CPU tensor of t's shape and type, whatever t's strides.
-inline Tensor empty_cpu_like(const Tensor& t) {
+// A fresh contiguous tensor through the C shim: 0.5 us on CPU, half of torch::stable::new_empty.
+inline Tensor empty_dense(const int64_t* sizes, int64_t dims, ScalarType dtype, int32_t device_type,
+                          int32_t device_index) {
   int64_t strides[16], stride = 1;
-  const auto sizes = t.sizes();
-  const int64_t dims = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(dims <= 16, "at most 16 dimensions");
   for (int64_t d = dims - 1; d >= 0; --d) {
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides,
-                                                  static_cast<int32_t>(t.scalar_type()),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
+                                                  device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+// A fresh contiguous CPU tensor.
+inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_dense(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype,
+                     aoti_torch_device_type_cpu(), 0);
+}
+
+// A fresh contiguous CPU tensor of t's shape and type, whatever t's strides.
+inline Tensor empty_cpu_like(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return empty_dense(sizes.data(), static_cast<int64_t>(sizes.size()), t.scalar_type(),
+                     aoti_torch_device_type_cpu(), 0);
 }
 
 // t itself where it is contiguous, else a contiguous copy.

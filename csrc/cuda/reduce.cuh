@@ -1,0 +1,36 @@
+// Sums over the threads that share a row: part of a warp, a warp, or a whole block.
+#pragma once
+
+namespace fastlm {
+
+// Replaces each v[i] by its sum over kThreads neighbouring threads, in a fixed order that gives
+// every one of them the same bits. kThreads is a power of two below 32 or a multiple of 32; above
+// 32 it is the block size and `shared` holds N * kThreads / 32 floats. All threads of the block
+// must call it.
+template <int kThreads, int N>
+__device__ inline void sum_over(float (&v)[N], float* shared) {
+  constexpr int kWidth = kThreads < 32 ? kThreads : 32;
+#pragma unroll
+  for (int offset = kWidth / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], offset);
+  }
+  if constexpr (kThreads > 32) {
+    constexpr int kWarps = kThreads / 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __syncthreads();  // the last call's readers are done
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) shared[i * kWarps + warp] = v[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      v[i] = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) v[i] += shared[i * kWarps + w];
+    }
+  }
+}
+
+}  // namespace fastlm

@@ -1,0 +1,48 @@
+// What every CUDA binding needs: the tensor's device made current, its stream, fresh memory there.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+
+#include "torch/alloc.h"
+
+// Weak, so that fastlm/_cuda.so also loads where PyTorch was built without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+
+namespace fastlm::cuda {
+
+// cudaGetErrorString, defined beside the kernels: bindings do not see the CUDA runtime.
+const char* error_text(int status);
+
+// Makes t's device the current one while it lives; knows the stream PyTorch queues work on there.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "fastlm: this build of PyTorch has no CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+  }
+
+  void* stream() const { return stream_; }
+
+  Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
+    return empty_dense(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype,
+                       aoti_torch_device_type_cuda(), index_);
+  }
+  Tensor empty_like(const Tensor& t) const {
+    const auto sizes = t.sizes();
+    return empty_dense(sizes.data(), static_cast<int64_t>(sizes.size()), t.scalar_type(),
+                       aoti_torch_device_type_cuda(), index_);
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+// Raises where a launcher returned an error.
+inline void check(int status, const char* op) {
+  STD_TORCH_CHECK(status == 0, op, ": CUDA error: ", error_text(status));
+}
+
+}  // namespace fastlm::cuda
