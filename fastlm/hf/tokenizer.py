@@ -1,0 +1,192 @@
+"""The tokenizer and the chat template beside a checkpoint's weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlm.hf.weights import CheckpointError, read_json
+
+if TYPE_CHECKING:
+    from fastlm.hf.gguf import GGUFFile
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass
+class Text:
+    """Text to tokens and back.
+
+    Attributes:
+        tokenizer: a `tokenizers.Tokenizer`.
+        template: the chat template (Jinja), or None.
+        special: the special tokens' texts by role, "bos_token" and so on.
+    """
+
+    tokenizer: Any
+    template: str | None = None
+    special: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def vocab(self) -> int:
+        """How many tokens there are; a model's head may be padded beyond."""
+        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """The tokens of a text, with the special ones its tokenizer adds."""
+        return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation, up to where the model's answer begins.
+
+        Args:
+            messages: mappings with "role" ("system", "user", "assistant") and "content".
+        """
+        if self.template is None:
+            raise ValueError("chat: this checkpoint has no chat template")
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        text = environment.from_string(self.template).render(
+            messages=list(messages), add_generation_prompt=True, **self.special
+        )
+        return self.encode(text, special=False)
+
+    def streamer(self) -> Callable[[int], str]:
+        """A function from the next token to the text that is certain by now.
+
+        A character may be spread over several tokens: it comes with the last of them.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self.tokenizer, token) or ""
+
+
+def load(path: str | os.PathLike[str]) -> Text:
+    """The tokenizer of a Hugging Face directory or a .gguf file."""
+    path = Path(path)
+    if path.is_file():
+        from fastlm.hf.gguf import GGUFFile
+
+        return from_gguf(GGUFFile(path))
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: the file is missing")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
+    config = path / "tokenizer_config.json"
+    values = read_json(config) if config.is_file() else {}
+    template = values.get("chat_template")
+    if (path / "chat_template.jinja").is_file():
+        template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    if isinstance(template, list):  # several by name
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    special = {}
+    for role in SPECIAL:
+        token = values.get(role)
+        if token is not None:
+            special[role] = token["content"] if isinstance(token, dict) else token
+    return Text(tokenizer, template, special)
+
+
+# tokenizer.ggml.pre -> whether digits stand alone, before GPT-2's own splitting
+_GPT2_SPLITS = {
+    "default": False,
+    "gpt-2": False,
+    "smollm": True,
+    "starcoder": True,
+    "refact": True,
+    "command-r": True,
+}
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {
+    "llama-bpe": _LLAMA3_SPLIT % r"\p{N}{1,3}",
+    "llama3": _LLAMA3_SPLIT % r"\p{N}{1,3}",
+    "qwen2": _LLAMA3_SPLIT % r"\p{N}",
+}
+_CONTROL, _USER = 3, 4  # tokenizer.ggml.token_type
+
+
+def from_gguf(file: GGUFFile) -> Text:
+    """The tokenizer in a GGUF file's metadata: byte-level BPE."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    kind = file.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.model must be 'gpt2', got {kind!r}")
+    tokens = file.get("tokenizer.ggml.tokens")
+    merges = file.get("tokenizer.ggml.merges")
+    if not tokens or merges is None:
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens or .merges is missing")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ", 1)) for merge in merges],
+        )
+    )
+    pre = file.get("tokenizer.ggml.pre", "default")
+    steps: list[Any]
+    if pre in _GPT2_SPLITS:
+        steps = [pre_tokenizers.Digits(individual_digits=True)] if _GPT2_SPLITS[pre] else []
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
+    elif pre in _SPLITS:
+        steps = [
+            pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    else:
+        known = ", ".join([*_GPT2_SPLITS, *_SPLITS])
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.pre must be one of {known}, got {pre!r}"
+        )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    types = file.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    for wanted, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER, tokenizer.add_tokens)):
+        texts = [t for t, type_ in zip(tokens, types, strict=True) if type_ == wanted]
+        add([AddedToken(t, special=wanted == _CONTROL, normalized=False) for t in texts])
+    special = _special(file, tokens)
+    if file.get("tokenizer.ggml.add_bos_token", False) and "bos_token" in special:
+        from tokenizers.processors import TemplateProcessing
+
+        bos = special["bos_token"]
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, tokens.index(bos))],
+        )
+    return Text(tokenizer, file.get("tokenizer.chat_template"), special)
+
+
+def _special(file: GGUFFile, tokens: Sequence[str]) -> dict[str, str]:
+    keys = dict(zip(SPECIAL, ("bos", "eos", "unknown", "padding"), strict=True))
+    ids = {role: file.get(f"tokenizer.ggml.{key}_token_id") for role, key in keys.items()}
+    for role, i in ids.items():
+        if i is not None and not 0 <= i < len(tokens):
+            raise CheckpointError(
+                f"{file.path}: {role} must be a token below {len(tokens)}, got {i}"
+            )
+    return {role: tokens[i] for role, i in ids.items() if i is not None}
