@@ -9,6 +9,7 @@
 //   below(i, n)          mask of the lanes i + lane < n; select(mask, a, b)
 //   less(a, b)           mask
 //   reduce_add, reduce_max   in a fixed order
+//   swap_neighbours(v)   lanes 1, 0, 3, 2, ...
 //   VecH, load_pairs(p), dot2(acc, a, b)   2 kLanes bf16 values: acc[l] += a[2l]b[2l] +
 //   a[2l+1]b[2l+1] broadcast_pair(p)    the bf16 pair at p in every lane
 //

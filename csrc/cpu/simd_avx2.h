@@ -86,6 +86,8 @@ inline Mask below(int64_t i, int64_t n) {
 }
 inline VecF select(Mask m, VecF a, VecF b) { return _mm256_blendv_ps(b, a, m); }
 
+inline VecF swap_neighbours(VecF v) { return _mm256_permute_ps(v, 0xb1); }
+
 inline float reduce_add(VecF v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

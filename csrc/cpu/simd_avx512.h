@@ -70,6 +70,8 @@ inline Mask below(int64_t i, int64_t n) {
 }
 inline VecF select(Mask m, VecF a, VecF b) { return _mm512_mask_mov_ps(b, m, a); }
 
+inline VecF swap_neighbours(VecF v) { return _mm512_permute_ps(v, 0xb1); }
+
 inline float reduce_add(VecF v) { return _mm512_reduce_add_ps(v); }
 inline float reduce_max(VecF v) { return _mm512_reduce_max_ps(v); }
 

@@ -119,6 +119,8 @@ inline Mask below(int64_t i, int64_t n) {
 }
 inline VecF select(Mask m, VecF a, VecF b) { return m ? a : b; }
 
+inline VecF swap_neighbours(VecF v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2); }
+
 inline float reduce_add(VecF v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline float reduce_max(VecF v) { return max_of(max_of(v[0], v[2]), max_of(v[1], v[3])); }
 

@@ -13,6 +13,10 @@
 #include <initializer_list>
 #include <optional>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "common/convert.h"
 
 namespace fastlm {
@@ -33,7 +37,37 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-// A fresh contiguous tensor through the C shim: 0.5 us on CPU, half of torch::stable::new_empty.
+// Fresh memory is mapped page by page at first touch, which for large outputs costs more than the
+// kernel; asking for 2 MiB pages makes that twice to four times as fast. Advice only: where the
+// system has no such pages nothing changes.
+inline void advise_huge_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096, kWorthwhile = 4 << 20;
+  if (bytes < kWorthwhile) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// A fresh tensor with the caller's dense strides through the C shim: 0.5 us on CPU, half of
+// torch::stable::new_empty.
+inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dims,
+                            ScalarType dtype, int32_t device_type, int32_t device_index) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
+                                                  device_type, device_index, &handle));
+  Tensor t(handle);
+  const int64_t count = t.numel();
+  if (count >= 1 << 20 && device_type == aoti_torch_device_type_cpu()) {
+    advise_huge_pages(t.mutable_data_ptr(), static_cast<size_t>(count) * t.element_size());
+  }
+  return t;
+}
+
+// A fresh contiguous tensor.
 inline Tensor empty_dense(const int64_t* sizes, int64_t dims, ScalarType dtype, int32_t device_type,
                           int32_t device_index) {
   int64_t strides[16], stride = 1;
@@ -42,10 +76,7 @@ inline Tensor empty_dense(const int64_t* sizes, int64_t dims, ScalarType dtype, 
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
-                                                  device_type, device_index, &handle));
-  return Tensor(handle);
+  return empty_strided(sizes, strides, dims, dtype, device_type, device_index);
 }
 
 // A fresh contiguous CPU tensor.

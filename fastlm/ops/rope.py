@@ -2,14 +2,85 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._registry import choose, register
+from fastlm.ops._library import define, needs_grad
+from fastlm.ops._registry import Backend, choose, native, register
 
-register("rope")
+_NATIVE = native(torch.float32, torch.bfloat16)
+_MAX_ROTARY = 8192
+
+
+def _cpu_unsupported(
+    dtype: torch.dtype, *, tables: torch.dtype, rotary: int, table_grad: bool
+) -> list[str]:
+    reasons = _NATIVE(dtype)
+    if rotary > _MAX_ROTARY:
+        reasons.append(f"rotates at most {_MAX_ROTARY} elements, not {rotary}")
+    if table_grad:
+        reasons.append("has no gradient for cos and sin")
+    return reasons
+
+
+register("rope", Backend("cpu", ("cpu",), _cpu_unsupported))
+
+
+def _empty_in_order(x: Tensor) -> Tensor:
+    """A new [B, H, T, D]: tokens within heads or heads within tokens, as x lies in memory."""
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
+_rope = define(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, int rotary, bool interleaved,"
+    " bool transposed) -> (Tensor, Tensor)",
+    lambda q, k, cos, sin, rotary, interleaved, transposed: (
+        _empty_in_order(q),
+        _empty_in_order(k),
+    ),
+)
+_rope_single = define(
+    "rope_single(Tensor x, Tensor cos, Tensor sin, int rotary, bool interleaved, bool transposed)"
+    " -> Tensor",
+    lambda x, cos, sin, rotary, interleaved, transposed: _empty_in_order(x),
+)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.form = rotary, interleaved
+        return _rope(q, k, cos, sin, rotary, interleaved, False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # the gradient of a linear map is its transpose
+        dq, dk = _rope(grad_q, grad_k, *ctx.saved_tensors, *ctx.form, True)
+        return dq, dk, None, None, None, None
+
+
+class _RopeSingle(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool
+    ) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.form = rotary, interleaved
+        return _rope_single(x, cos, sin, rotary, interleaved, False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx = _rope_single(grad, *ctx.saved_tensors, *ctx.form, True)
+        return dx, None, None, None, None
 
 
 def rope(
@@ -51,12 +122,54 @@ def rope(
     tensor([[[[0., 1.]]]])
     """
     rotary = _check(q, k, cos, sin, rotary_dim)
-    choose("rope", q)
-    return reference.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary)
+    grad = needs_grad(q, k, cos, sin)
+    table_grad = grad and (cos.requires_grad or sin.requires_grad)
+    backend = choose("rope", q, tables=cos.dtype, rotary=rotary, table_grad=table_grad)
+    if backend == "reference":
+        return reference.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary)
+    if k is None:
+        if grad:
+            return _RopeSingle.apply(q, cos, sin, rotary, interleaved), None
+        return _rope_single(q, cos, sin, rotary, interleaved, False), None
+    if grad:
+        return _Rope.apply(q, k, cos, sin, rotary, interleaved)
+    return _rope(q, k, cos, sin, rotary, interleaved, False)
 
 
 def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int | None) -> int:
-    """Checks the arguments; returns R."""
+    """Checks the arguments; returns R. The usual case is settled by a few comparisons."""
+    if (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(cos, Tensor)
+        and isinstance(sin, Tensor)
+        and q.dtype == k.dtype
+        and q.dtype in _checks.FLOATS
+        and (cos.dtype == q.dtype or cos.dtype == torch.float32)
+        and cos.dtype == sin.dtype
+        and q.device == k.device == cos.device == sin.device
+        and q.dim() == k.dim() == 4
+        and 2 <= cos.dim() <= 3
+    ):
+        batch, _, tokens, head = q.shape
+        *rows, width = shape = cos.shape
+        if (
+            sin.shape == shape
+            and (k.shape[0], *k.shape[2:]) == (batch, tokens, head)
+            and (rows == [tokens] or rows == [1, tokens] or rows == [batch, tokens])
+            and (rotary_dim is None or rotary_dim == head)
+            and (width == head or 2 * width == head)
+            and head % 2 == 0
+            and head > 0
+        ):
+            return head
+    return _check_each(q, k, cos, sin, rotary_dim)
+
+
+def _check_each(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int | None
+) -> int:
+    """Checks one argument after another, to name the one that is wrong; returns R."""
     _checks.floating("rope", "q", q)
     _checks.rank("rope", "q", q, 4)
     batch, _, tokens, head = q.shape
@@ -84,8 +197,6 @@ def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: in
     if rotary_dim is not None and not (0 < rotary <= head and rotary % 2 == 0):
         raise _checks.fail("rope", "rotary_dim", f"even and at most {head}", rotary_dim)
     if width not in (rotary, rotary // 2) or rotary > head or rotary % 2 or rotary == 0:
-        expected = (
-            f"of width {rotary} or {rotary // 2}" if rotary_dim else f"even and <= {head} wide"
-        )
-        raise _checks.fail("rope", "cos", expected, f"width {width}")
+        expected = f"{rotary} or {rotary // 2}" if rotary_dim else f"even and at most {head}"
+        raise _checks.fail("rope", "cos", f"of a width {expected}", width)
     return rotary

@@ -1,0 +1,91 @@
+// Binding of rope: allocates, splits tiles over threads, registers the CPU kernels.
+#include "ops/rope.h"
+
+#include <tuple>
+
+#include "torch/alloc.h"
+#include "cpu/isa.h"
+
+FASTLM_KERNEL_TABLE(RopeKernels, rope)
+
+namespace fastlm {
+namespace {
+
+Tensor unit_stride(const Tensor& t) {
+  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// A fresh tensor of x's shape [B, H, T, D] that lies in memory as x does: tokens within heads, or
+// heads within tokens, as the projections of a model leave them.
+Tensor empty_in_order(const Tensor& x) {
+  const int64_t heads = x.size(1), tokens = x.size(2), size = x.size(3);
+  if (x.stride(1) >= x.stride(2)) return empty_cpu_like(x);
+  const int64_t sizes[] = {x.size(0), heads, tokens, size};
+  const int64_t strides[] = {std::max<int64_t>(heads * tokens * size, 1),
+                             std::max<int64_t>(size, 1), std::max<int64_t>(heads * size, 1), 1};
+  return empty_strided(sizes, strides, 4, x.scalar_type(), aoti_torch_device_type_cpu(), 0);
+}
+
+Tensor rope_single(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, int64_t rotary,
+                   bool interleaved, bool transposed) {
+  const Tensor x = unit_stride(x_), cos = unit_stride(cos_), sin = unit_stride(sin_);
+  Tensor y = empty_in_order(x_);
+  const int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2), head_dim = x.size(3);
+  STD_TORCH_CHECK(rotary > 0 && rotary <= std::min(head_dim, kRopeTableFloats) && rotary % 2 == 0,
+                  "rope: rotary_dim out of range");
+  const bool per_batch = cos.dim() == 3 && cos.size(0) > 1;
+  const int64_t row_bytes = head_dim * (dtype_of(x) == DType::kFloat32 ? 4 : 2);
+  // A tile lies as densely in memory as x allows; four heads share the work on the tables.
+  const bool by_token = x.stride(1) < x.stride(2);
+  const int64_t head_block = std::max<int64_t>(by_token ? heads : std::min<int64_t>(heads, 4), 1);
+  const int64_t token_block = std::clamp<int64_t>(64 * 1024 / (head_block * row_bytes), 1,
+                                                  std::min<int64_t>(64, kRopeTableFloats / rotary));
+  const RopeArgs args{x.const_data_ptr(),
+                      y.mutable_data_ptr(),
+                      x.stride(0),
+                      x.stride(1),
+                      x.stride(2),
+                      y.stride(0),
+                      y.stride(1),
+                      y.stride(2),
+                      cos.const_data_ptr(),
+                      sin.const_data_ptr(),
+                      per_batch ? cos.stride(0) : 0,
+                      cos.stride(-2),
+                      per_batch ? sin.stride(0) : 0,
+                      sin.stride(-2),
+                      batch,
+                      heads,
+                      tokens,
+                      head_dim,
+                      rotary,
+                      head_block,
+                      token_block,
+                      cos.size(-1) == rotary,
+                      interleaved,
+                      transposed,
+                      dtype_of(x),
+                      dtype_of(cos)};
+  const int64_t tiles =
+      batch * ((heads + head_block - 1) / head_block) * ((tokens + token_block - 1) / token_block);
+  const auto kernel = rope_kernels().rotate;
+  parallel_rows(tiles, 2 * token_block * head_block * row_bytes,
+                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos,
+                                const Tensor& sin, int64_t rotary, bool interleaved,
+                                bool transposed) {
+  return {rope_single(q, cos, sin, rotary, interleaved, transposed),
+          rope_single(k, cos, sin, rotary, interleaved, transposed)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("rope_single", TORCH_BOX(&rope_single));
+}
+
+}  // namespace fastlm
