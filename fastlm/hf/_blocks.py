@@ -1,0 +1,167 @@
+"""Attention and decoder layers: their own forward, with the calls that have a kernel exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import ops
+from fastlm.hf import _probe
+from fastlm.hf._modules import Candidate, Match, add_norm, is_norm_forward
+from fastlm.hf._rewrite import CannotRewrite, Edit, Sites, find_sites, plain_forward, rewrite
+
+
+@dataclass
+class Blocks:
+    """What is known about the classes met during one call of `patch`."""
+
+    wanted: frozenset[str]
+    rotary: int | None  # width of the model's rotation tables
+    _sites: dict[type, Sites | str] = field(default_factory=dict)
+    _ropes: dict[Any, Callable[..., Any] | str] = field(default_factory=dict)
+    _made: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+
+    def match(self, module: nn.Module) -> tuple[list[str], Match]:
+        """(parts that stay and why, the candidate, a reason, or None for another kind)."""
+        cls = type(module)
+        named = cls.__name__.lower().endswith("attention") and bool(
+            self.wanted & {"attention", "rope"}
+        )
+        if cls.__module__.startswith("torch.nn"):
+            return [], None
+        sites = self._sites.get(cls)
+        if sites is None:
+            try:
+                sites = find_sites(plain_forward(cls))
+            except CannotRewrite as e:
+                sites = str(e)
+            self._sites[cls] = sites
+        if isinstance(sites, str):
+            return [], sites if named else None
+        if sites == Sites():
+            return [], "its forward has no call that is known here" if named else None
+        edit, stems, texts, kept = Edit(), [], [], []
+        if sites.attention and "attention" in self.wanted:
+            used = getattr(getattr(module, "config", None), "_attn_implementation", None)
+            if used in ("sdpa", "fastlm"):
+                from fastlm.hf.attention_interface import select
+
+                edit.attention = select
+                stems.append("attention")
+                texts.append("attention")
+            else:
+                kept.append(f"attention: asks for {used!r}; fastlm's stands in for 'sdpa'")
+        if "rope" in self.wanted:
+            for name in set(sites.rope):
+                rope = self._rope(plain_forward(cls).__globals__[name])
+                if isinstance(rope, str):
+                    kept.append(f"rope: {rope}")
+                else:
+                    edit.rope[name] = rope
+                    stems.append("rope")
+                    texts.append("rope")
+        norms = [n for n in sites.add_norm if is_norm_forward(_child(module, n))]
+        if norms:
+            edit.add_norm, edit.norms = add_norm, frozenset(norms)
+            stems.append("add_norm")
+            texts.append(f"residual add in {', '.join(norms)}")
+        if not stems:
+            return kept, None
+        try:
+            function = self._rewritten(cls, edit)
+            calls = _probe.arguments_for(function, *self._input(module))
+        except (CannotRewrite, _probe.Mismatch) as e:
+            return kept, str(e)
+        return kept, Candidate(tuple(stems), ", ".join(texts), function, calls)
+
+    def _input(self, module: nn.Module) -> tuple[int, int | None, Tensor]:
+        """Width of the hidden states, width of the rotation tables, a tensor on the device."""
+        for child in module.modules():
+            weight = getattr(child, "weight", None)
+            if isinstance(weight, nn.Parameter):
+                if isinstance(child, nn.Linear):
+                    return child.in_features, self._width(module), weight
+                return weight.shape[0], self._width(module), weight
+        raise _probe.Mismatch("no trial run: the width of its input was not found")
+
+    def _width(self, module: nn.Module) -> int | None:
+        if self.rotary is not None:
+            return self.rotary
+        sizes = [getattr(m, "head_dim", None) for m in module.modules()]
+        return next((s for s in sizes if isinstance(s, int)), None)
+
+    def _rewritten(self, cls: type, edit: Edit) -> Callable[..., Any]:
+        key = (cls, edit.attention, *edit.rope.items(), edit.norms)
+        if key not in self._made:
+            original = plain_forward(cls)
+            function = rewrite(original, edit)
+            if original is not getattr(
+                cls, "forward", None
+            ):  # the wrapper that checkpoints gradients
+                function = _with_checkpointing(function)  # type: ignore[assignment]
+            self._made[key] = function
+        return self._made[key]
+
+    def _rope(self, function: Callable[..., Any]) -> Callable[..., Any] | str:
+        if function not in self._ropes:
+            self._ropes[function] = match_rope(function)
+        return self._ropes[function]
+
+
+def _child(module: nn.Module, name: str) -> Any:
+    return getattr(module._modules.get(name), "__dict__", {}).get("forward")
+
+
+def _with_checkpointing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """While gradients are checkpointed the class's own forward runs, which knows how."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.gradient_checkpointing and self.training:
+            return type(self).forward(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
+
+    forward.__wrapped__ = function  # type: ignore[attr-defined]
+    return forward
+
+
+def match_rope(function: Callable[..., Any]) -> Callable[..., Any] | str:
+    """The replacement of a function (q, k, cos, sin) that rotates, or why there is none."""
+    found = None
+    for interleaved in (False, True):
+        if _rotates(function, 16, interleaved):
+            found = interleaved
+    if found is None:
+        return f"{getattr(function, '__name__', 'its rotation')} pairs elements in another way"
+    partial = _rotates(function, 8, found)
+
+    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        width = cos.shape[-1]
+        if (
+            args
+            or kwargs
+            or not (q.dim() == k.dim() == 4 and cos.dim() == 3)
+            or not (width == q.shape[-1] or (partial and width < q.shape[-1]))
+            or q.dtype != k.dtype
+            or not (cos.dtype == q.dtype or cos.dtype == torch.float32 == q.dtype)
+        ):
+            return function(q, k, cos, sin, *args, **kwargs)
+        return ops.rope(q, k, cos, sin, interleaved=found, rotary_dim=width)
+
+    return rope
+
+
+def _rotates(function: Callable[..., Any], width: int, interleaved: bool) -> bool:
+    """Whether a function is ops.rope on heads of 16, with unrelated numbers in the tables."""
+    q, k = _probe.random((2, 4, 5, 16), 1), _probe.random((2, 2, 5, 16), 2)
+    cos, sin = _probe.random((2, 5, width), 3), _probe.random((2, 5, width), 4)
+    with torch.no_grad():
+        expected = ops.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=width)
+        try:
+            made = function(q, k, cos, sin)
+        except Exception:
+            return False
+    return _probe.distance(made, expected) <= _probe.BAR

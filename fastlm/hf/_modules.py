@@ -1,0 +1,347 @@
+"""What stands in for single modules: forwards bound to one instance, and how to recognise them.
+
+Each `match_*` looks at one module and returns a Candidate, a reason why it has none, or None when
+the module is of another kind. The forwards are plain functions bound to the instance with
+`types.MethodType`, which `copy.deepcopy` rebinds to the copy; they read every tensor and number
+from the module at each call, so `.to()`, loading weights and tying keep working. At call time they
+hand over to the class's own forward whenever something stands in their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import ops
+from fastlm.hf import _probe
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A forward that may replace a module's own, once the trial runs listed confirm it."""
+
+    stems: tuple[str, ...]
+    text: str  # what runs, for the report
+    forward: Callable[..., Any]
+    calls: _probe.Calls
+
+
+class Note(str):
+    """A reason that is worth reporting and no failure."""
+
+
+Match = Candidate | str | None
+
+
+# Linear maps. The weight is read through `_parameters`: half a microsecond less than by attribute.
+
+
+def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """The forward of a patched nn.Linear."""
+    tensors = self._parameters
+    w = tensors.get("weight")
+    if type(w) is nn.Parameter or type(w) is Tensor:
+        return ops.linear(input, w, tensors["bias"])
+    return type(self).forward(self, input)  # sharded, quantised, parametrised
+
+
+def conv1d_forward(self: Any, x: Tensor) -> Tensor:
+    """The forward of a patched transformers Conv1D, whose weight is [in, out]."""
+    return ops.linear(x, self.weight.t(), self.bias)
+
+
+def match_linear(module: nn.Module) -> Match:
+    """nn.Linear, and the transposed one of GPT-2."""
+    if type(module) is nn.Linear:
+        forward: Callable[..., Any] = linear_forward
+        width = module.in_features
+    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        forward = conv1d_forward
+        width = len(cast(Tensor, module.weight))
+    elif isinstance(module, nn.Linear):
+        return "a subclass of nn.Linear"
+    else:
+        return None
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        return "its weight is no plain floating-point parameter"
+    return Candidate(
+        ("linear",), "linear", forward, [((_probe.random((3, width), 0, weight),), {})]
+    )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear map may be read instead of called: no subclass, no hooks, no other tool."""
+    if (
+        type(module) is not nn.Linear
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or type(module._parameters.get("weight")) not in (nn.Parameter, Tensor)
+    ):
+        return False
+    forward = module.__dict__.get("forward")
+    return forward is None or getattr(forward, "__func__", None) is linear_forward
+
+
+# Norms.
+
+
+def match_norm(module: nn.Module) -> Match:
+    """RMSNorm, with or without weight or weight offset, and LayerNorm."""
+    tensors = dict(module.named_parameters(recurse=False))
+    named = "norm" in type(module).__name__.lower()
+    if next(module.children(), None) is not None or not set(tensors) <= {"weight", "bias"}:
+        return "of another structure than RMSNorm and LayerNorm" if _only_norm(module) else None
+    if any(p.dim() != 1 for p in tensors.values()) or not (tensors or named):
+        return None
+    if next(module.buffers(), None) is not None or isinstance(
+        module, nn.modules.batchnorm._NormBase
+    ):
+        return "keeps statistics" if named else None
+    eps = [n for n in ("variance_epsilon", "eps", "epsilon") if n in module.__dict__]
+    if len(eps) != 1:
+        return "its epsilon was not found" if named else None
+    shape = getattr(module, "normalized_shape", None)
+    if shape is not None and len(shape) != 1:
+        return f"normalises over {len(shape)} axes"
+    weight = tensors.get("weight")
+    width = len(weight) if weight is not None else (shape[0] if shape else 64)
+    rows = torch.tensor([[1e-3], [1.0], [30.0]])
+    x = (_probe.random((3, width), 0) + 0.5) * rows
+    if weight is not None:
+        x = x.to(weight.device)
+    calls: _probe.Calls = [((x,), {})]
+    choices = [
+        (rms_norm_forward(eps[0], 0.0), "rms_norm"),
+        (layer_norm_forward(eps[0]), "layer_norm"),
+    ]
+    if weight is not None:
+        choices.insert(1, (rms_norm_forward(eps[0], 1.0), "rms_norm (1 + weight)"))
+    if "bias" in tensors:
+        choices = [(layer_norm_forward(eps[0]), "layer_norm")]
+    reason = ""
+    for forward, text in choices:
+        try:
+            _probe.compare(module, forward, calls)
+        except Exception as e:
+            reason = str(e)
+            continue
+        return Candidate((text.split()[0],), text, forward, [])
+    return f"computes neither rms_norm nor layer_norm: {reason}" if named else None
+
+
+def _only_norm(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return name.endswith("norm")
+
+
+def rms_norm_forward(eps: str, offset: float) -> Callable[..., Any]:
+    """The forward of a patched RMSNorm; with `residual`, of the sum, which it returns too."""
+
+    def forward(self: nn.Module, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
+        weight = self._parameters.get("weight")
+        if _mixes(weight, hidden_states):
+            return _own_norm(self, hidden_states, residual)
+        epsilon = getattr(self, eps)
+        if epsilon is None:
+            epsilon = torch.finfo(hidden_states.dtype).eps
+        return ops.rms_norm(hidden_states, weight, epsilon, residual=residual, weight_offset=offset)
+
+    return forward
+
+
+def layer_norm_forward(eps: str) -> Callable[..., Any]:
+    """The forward of a patched LayerNorm; with `residual`, of the sum, which it returns too."""
+
+    def forward(self: nn.Module, input: Tensor, residual: Tensor | None = None) -> Any:
+        tensors = self._parameters
+        weight = tensors.get("weight")
+        if _mixes(weight, input):
+            return _own_norm(self, input, residual)
+        return ops.layer_norm(
+            input, weight, tensors.get("bias"), getattr(self, eps), residual=residual
+        )
+
+    return forward
+
+
+def _mixes(weight: Tensor | None, x: Tensor) -> bool:
+    """Whether the result would have another dtype than x: a wider weight, or autocast's rule."""
+    if weight is not None and weight.dtype != x.dtype:
+        return True
+    return x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)
+
+
+def _own_norm(module: nn.Module, x: Tensor, residual: Tensor | None) -> Any:
+    """The class's own forward, where dtypes mix: its result then has another dtype than x."""
+    if residual is None:
+        return type(module).forward(module, x)
+    total = x + residual
+    return type(module).forward(module, total), total
+
+
+def add_norm(norm: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm(a + b), a + b), in one kernel where nothing watches the norm."""
+    if (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and not (norm._forward_hooks or norm._forward_pre_hooks)
+        and not (norm._backward_hooks or norm._backward_pre_hooks)
+        and is_norm_forward(norm.__dict__.get("forward"))
+    ):
+        return norm.forward(a, b)
+    total = a + b
+    return norm(total), total
+
+
+def is_norm_forward(forward: Any) -> bool:
+    """Whether an instance's forward is one of ours, which take a residual."""
+    code = getattr(getattr(forward, "__func__", None), "__code__", None)
+    return code is _RMS_CODE or code is _LAYER_CODE
+
+
+_RMS_CODE = rms_norm_forward("eps", 0.0).__code__  # type: ignore[attr-defined]
+_LAYER_CODE = layer_norm_forward("eps").__code__  # type: ignore[attr-defined]
+
+
+# Activations and feed-forward blocks.
+
+
+def kind_of_activation(function: Any, device: torch.device) -> str | None:
+    """The name of an elementwise activation, found by its values; None for another function."""
+    x = torch.cat([torch.linspace(-9, 9, 181), torch.tensor([-1e-3, 1e-3, 40.0])]).to(device)
+    try:
+        with torch.no_grad():
+            y = function(x)
+            for kind in ACTIVATIONS:
+                expected = ops.activation(x, kind)
+                if y.shape == x.shape and torch.allclose(y, expected, rtol=1e-5, atol=1e-6):
+                    return kind
+    except Exception:
+        return None
+    return None
+
+
+def activation_forward(kind: str) -> Callable[..., Any]:
+    """The forward of a patched activation module."""
+
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        return ops.activation(input, kind)
+
+    return forward
+
+
+def match_activation(module: nn.Module, device: torch.device) -> Match:
+    """A module without parameters that computes one of the activations."""
+    if next(module.children(), None) is not None or next(module.parameters(), None) is not None:
+        return None
+    name = type(module).__name__.lower()
+    if not any(word in name for word in ("gelu", "silu", "swish", "relu", "activation")):
+        return None
+    kind = kind_of_activation(module, device)
+    if kind is None:
+        return f"none of {', '.join(ACTIVATIONS)}"
+    x = _probe.random((3, 64), 0).to(device)
+    return Candidate(
+        ("activation",), f"activation ({kind})", activation_forward(kind), [((x,), {})]
+    )
+
+
+def match_feed_forward(module: nn.Module, device: torch.device) -> Match:
+    """Two or three linear maps around an activation."""
+    children = dict(module.named_children())
+    linears = {n: m for n, m in children.items() if isinstance(m, nn.Linear)}
+    conv = [n for n, m in children.items() if type(m).__name__ == "Conv1D"]
+    dropouts = [n for n, m in children.items() if isinstance(m, (nn.Dropout, nn.Identity))]
+    others = [n for n in children if n not in (*linears, *conv, *dropouts)]
+    if len(linears) + len(conv) not in (2, 3) or len(others) > 1:
+        return None
+    if next(module.parameters(recurse=False), None) is not None:
+        return None
+    functions = [children[n] for n in others] or [
+        f
+        for n, f in module.__dict__.items()
+        if callable(f) and not n.startswith("_") and n != "forward"
+    ]
+    if len(functions) != 1:
+        return None
+    if conv:
+        return Note("its weights are stored [in, out]: its parts are replaced one by one")
+    if not all(is_plain(m) for m in linears.values()):
+        return "its linear maps are of a special kind or have hooks"
+    kind = kind_of_activation(functions[0], device)
+    if kind is None:
+        return f"its activation is none of {', '.join(ACTIVATIONS)}"
+    roles = _roles(linears)
+    if not roles:
+        return "its linear maps do not fit together"
+    x = _probe.random((3, linears[roles[0][1]].in_features), 0).to(device)
+    calls: _probe.Calls = [((x,), {})]
+    for gate, up, down in roles:
+        forward = feed_forward(gate, up, down, kind, tuple(dropouts))
+        try:
+            _probe.compare(module, forward, calls)
+        except Exception:
+            continue
+        form = "gated " if gate else ""
+        return Candidate(("feed_forward",), f"feed_forward ({form}{kind})", forward, [])
+    return "the trial run differs for every assignment of its linear maps"
+
+
+def _roles(linears: dict[str, nn.Linear]) -> list[tuple[str | None, str, str]]:
+    """(gate, up, down) in every order whose shapes fit, the likely ones first."""
+    names = list(linears)
+    size = {n: (m.in_features, m.out_features) for n, m in linears.items()}
+    if len(names) == 2:
+        orders = [(names[0], names[1]), (names[1], names[0])]
+        return [(None, a, b) for a, b in orders if size[a][1] == size[b][0]]
+    found = []
+    for down in reversed(names):
+        a, b = (n for n in names if n != down)
+        if size[a] == size[b] and size[a][1] == size[down][0]:
+            found += [(a, b, down), (b, a, down)]
+    return found  # type: ignore[return-value]
+
+
+def feed_forward(
+    gate: str | None, up: str, down: str, kind: str, dropouts: tuple[str, ...]
+) -> Callable[..., Any]:
+    """The forward of a patched feed-forward block; linear maps are looked up by name."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        parts: dict[str, Any] = self._modules
+        i, o = parts[up], parts[down]
+        g = None if gate is None else parts[gate]
+        if (
+            not is_plain(i)
+            or not is_plain(o)
+            or not (g is None or is_plain(g))
+            or (self.training and any(getattr(parts[d], "p", 0.0) for d in dropouts))
+        ):
+            return type(self).forward(self, x)
+        a, b = i._parameters, o._parameters
+        if g is None:
+            return ops.feed_forward(
+                x, a["weight"], b["weight"], b_in=a["bias"], b_out=b["bias"], activation=kind
+            )
+        c = g._parameters
+        return ops.feed_forward(
+            x,
+            a["weight"],
+            b["weight"],
+            w_gate=c["weight"],
+            b_in=a["bias"],
+            b_out=b["bias"],
+            b_gate=c["bias"],
+            activation=kind,
+        )
+
+    return forward

@@ -1,0 +1,168 @@
+"""Trial runs that decide whether a replacement computes what the module computes.
+
+A module is run twice on random input with random fp32 parameters of its own shapes: once with the
+forward of its class, once with the candidate. The right candidate differs by rounding, about 1e-6
+of the result; the wrong one by percent (a weight offset, another activation, another pairing in
+the rotation), and rows near zero bring out another epsilon. The bar lies between, at 1e-4. The
+model's own weights are neither read nor changed, PyTorch's random state neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BAR = 1e-4  # of the root mean square
+
+Forward = Callable[..., Any]
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]  # arguments of one trial run each
+
+
+class Mismatch(Exception):
+    """Why a candidate was not taken."""
+
+
+def random(shape: Any, seed: int, like: Tensor | None = None) -> Tensor:
+    """Standard normal numbers from a generator of their own."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+    return x if like is None else x.to(like.device)
+
+
+def parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Random fp32 values for every parameter, scaled so that activations keep their size."""
+    values = {}
+    for i, (name, p) in enumerate(module.named_parameters(remove_duplicate=False)):
+        width = min(p.shape) if p.dim() == 2 else 1
+        values[name] = random(p.shape, i + 1, p) / width**0.5
+    for name, b in module.named_buffers(remove_duplicate=False):
+        if b.is_floating_point():
+            values[name] = b.float()
+    return values
+
+
+def compare(module: nn.Module, candidate: Forward, calls: Calls) -> None:
+    """Raises Mismatch unless the candidate agrees with the module's own forward on every call."""
+    values = parameters(module)
+    for arguments, keywords in calls:
+        expected = run(module, type(module).forward, values, arguments, keywords)
+        made = run(module, candidate, values, arguments, keywords)
+        worst = distance(made, expected)
+        if not worst <= BAR:  # also NaN
+            raise Mismatch(f"the trial run differs by {worst:.1e} of the result")
+
+
+def run(
+    module: nn.Module,
+    forward: Forward,
+    values: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """One trial run in evaluation mode, without gradients and autocast."""
+    with installed(module, forward), evaluating(module), unwatched(module), torch.no_grad():
+        device = next(iter(values.values())).device.type if values else "cpu"
+        with torch.autocast(device, enabled=False):
+            return torch.func.functional_call(module, values, args, kwargs)
+
+
+def distance(made: Any, expected: Any) -> float:
+    """The largest relative distance of the tensors in two results, by rows of the last axis."""
+    ours, theirs = list(_tensors(made)), list(_tensors(expected))
+    if [t.shape for t in ours] != [t.shape for t in theirs] or not ours:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = a.double(), b.double()
+        error = (a - b).square().mean(-1).sqrt()
+        scale = b.square().mean(-1).sqrt()
+        ratio = torch.where(error == 0, 0.0, error / scale)
+        worst = max(worst, float(ratio.max())) if not ratio.isnan().any() else float("nan")
+    return worst
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+@contextlib.contextmanager
+def installed(module: nn.Module, forward: Forward) -> Iterator[None]:
+    """Makes `forward` the module's forward inside the block."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward.__get__(module)
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block."""
+    modes = [(m, m.training) for m in module.modules()]
+    for m, _ in modes:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextlib.contextmanager
+def unwatched(module: nn.Module) -> Iterator[None]:
+    """No hooks inside the block: a trial run is nobody's business."""
+    taken = [(m, n, m.__dict__[n]) for m in module.modules() for n in _HOOKS if m.__dict__.get(n)]
+    for m, name, _ in taken:
+        m.__dict__[name] = OrderedDict()
+    try:
+        yield
+    finally:
+        for m, name, hooks in taken:
+            m.__dict__[name] = hooks
+
+
+def arguments_for(forward: Forward, width: int, rotary: int | None, like: Tensor) -> Calls:
+    """Calls for a forward over hidden states [2, 6, width]: without a mask, and with one.
+
+    Raises Mismatch when the forward asks for an argument whose meaning is not known here.
+    """
+    batch, tokens = 2, 6
+    signature = list(inspect.signature(forward).parameters.values())[1:]
+    known: dict[str, Any] = {"position_ids": torch.arange(tokens, device=like.device)[None]}
+    if rotary is not None:
+        angles = random((1, tokens, rotary // 2), 7, like).repeat(1, 1, 2)
+        known["position_embeddings"] = (angles.cos(), angles.sin())
+    keywords = {}
+    for p in signature[1:]:
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name == "attention_mask":
+            continue
+        if p.name in known:
+            keywords[p.name] = known[p.name]
+        elif p.default is p.empty or p.name == "position_embeddings":
+            raise Mismatch(f"no trial run: its forward asks for {p.name!r}")
+    hidden = random((batch, tokens, width), 11, like)
+    calls: Calls = [((hidden,), {**keywords, "attention_mask": None})]
+    if all(p.name != "attention_mask" for p in signature):
+        return [((hidden,), keywords)]
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=like.device).tril()
+    mask = mask.repeat(batch, 1, 1, 1)
+    mask[0, :, 2:, 0] = False  # one padded key
+    calls.append(((hidden,), {**keywords, "attention_mask": mask}))
+    return calls

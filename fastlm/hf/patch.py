@@ -1,0 +1,428 @@
+"""`fastlm.patch`: puts fastlm's kernels into one model, and takes them out again."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import ops as kernels
+from fastlm.hf import _probe
+from fastlm.hf._blocks import Blocks
+from fastlm.hf._modules import (
+    Candidate,
+    Match,
+    Note,
+    match_activation,
+    match_feed_forward,
+    match_linear,
+    match_norm,
+)
+
+STEMS = (
+    "activation",
+    "attention",
+    "cross_entropy",
+    "feed_forward",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "rope",
+)
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What happened to one module, or to one part of it."""
+
+    path: str  # "" for the model itself
+    module: str  # class name
+    state: str  # "replaced", "kept", "noted" or "already"
+    text: str  # what runs now, or why it was left alone
+    stems: tuple[str, ...] = ()
+
+
+class Patch:
+    """The handle of one patch: what was replaced, why the rest was not, and the way back.
+
+    As a context manager it undoes itself at the end of the block.
+    """
+
+    def __init__(self, model: nn.Module, stems: frozenset[str]):
+        self.model = model
+        self.stems = stems
+        self.entries: list[Entry] = []
+        self._undo: list[tuple[nn.Module, str, Any, Any]] = []  # module, attribute, before, ours
+
+    def report(self) -> str:
+        """A table: module path, class, what runs there now; then what stayed and why.
+
+        Layers that were treated alike share a line.
+        """
+        replaced = [e for e in self.entries if e.state == "replaced"]
+        kept = [e for e in self.entries if e.state == "kept"]
+        already = [e for e in self.entries if e.state == "already"]
+        noted = [e for e in self.entries if e.state == "noted"]
+        name = type(self.model).__name__
+        lines = [f"fastlm.patch({name}): {len(replaced)} modules replaced, {len(kept)} left alone"]
+        for title, entries in (
+            ("", replaced),
+            ("replaced by an earlier patch:", already),
+            ("by parts:", noted),
+            ("left alone:", kept),
+        ):
+            if entries and title:
+                lines.append(title)
+            lines += _table(entries)
+        if not self._undo and replaced:
+            lines.append("(undone)")
+        return "\n".join(lines)
+
+    __str__ = report
+
+    def undo(self) -> None:
+        """Restores the very objects that were there before. Doing it twice is harmless.
+
+        Raises:
+            RuntimeError: another tool has replaced some of the same forwards since; those are left
+                as they are, everything else is restored.
+        """
+        foreign = 0
+        for module, name, before, ours in reversed(self._undo):
+            if module.__dict__.get(name) is not ours:
+                foreign += 1
+            elif before is _ABSENT:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before
+        self._undo.clear()
+        if foreign:
+            raise RuntimeError(
+                f"patch.undo: {foreign} forwards were replaced by another tool after the patch and"
+                " were left as they are"
+            )
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+    def _install(self, module: nn.Module, name: str, value: Any) -> None:
+        before = module.__dict__.get(name, _ABSENT)
+        module.__dict__[name] = value
+        self._undo.append((module, name, before, value))
+
+
+def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = False) -> Patch:
+    """Makes a Hugging Face model run on fastlm's kernels, in place, until `undo()`.
+
+    Only this instance changes: a few of its modules get a `forward` of their own. Classes,
+    functions, configurations, parameters and state-dict keys stay as they are, and so does every
+    other model. Modules are recognised by what they are made of and each replacement is confirmed
+    by a trial run on random numbers; what does not agree is left alone and reported.
+
+    Args:
+        model: a decoder of transformers; or any module, whose linear maps, norms and feed-forward
+            blocks are then replaced.
+        ops: the operators to bring in, by name (`fastlm.hf.patch.STEMS`); all by default.
+        strict: raise instead of leaving something alone that looks as if it should be replaced.
+
+    Returns:
+        A Patch: `report()`, `undo()`, and a context manager. Patching a patched model adds what is
+        missing; each Patch undoes what it did itself.
+
+    Raises:
+        TypeError: model is no torch.nn.Module, or is compiled already.
+        ValueError: an unknown name in ops.
+        RuntimeError: strict, and something was left alone; the model is then as it was.
+
+    >>> with patch(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))) as p:
+    ...     print(p.report())
+    fastlm.patch(Sequential): 2 modules replaced, 0 left alone
+      0  Linear     linear
+      1  LayerNorm  layer_norm
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("patch: model must not be compiled yet: patch it, then torch.compile it")
+    wanted = _stems(ops)
+    made = Patch(model, wanted)
+    try:
+        _Patcher(made).run()
+        if strict:
+            _check_strict(made, explicit=ops is not None)
+    except BaseException:
+        made.undo()
+        raise
+    return made
+
+
+def _stems(ops: Iterable[str] | None) -> frozenset[str]:
+    if ops is None:
+        return frozenset(STEMS)
+    names = [ops] if isinstance(ops, str) else list(ops)
+    for name in names:
+        if name not in STEMS:
+            raise ValueError(f"patch: ops must be names among {', '.join(STEMS)}, got {name!r}")
+    return frozenset(names)
+
+
+def _check_strict(made: Patch, explicit: bool) -> None:
+    kept = [e for e in made.entries if e.state == "kept"]
+    if kept:
+        raise RuntimeError("patch: strict, but left alone:\n" + "\n".join(_table(kept)))
+    done = {s for e in made.entries if e.state in ("replaced", "already") for s in e.stems}
+    missing = sorted(made.stems - done) if explicit else []
+    if missing or not done:
+        raise RuntimeError(f"patch: strict, but no module for {', '.join(missing) or 'any op'}")
+
+
+class _Patcher:
+    """One walk over the modules, children before parents."""
+
+    def __init__(self, made: Patch):
+        self.made = made
+        self.wanted = made.stems
+        self.blocks = Blocks(made.stems, _rotary_width(made.model))
+        self.verdicts: dict[Any, tuple[list[str], Match]] = {}
+
+    def run(self) -> None:
+        for path, module in reversed(list(self.made.model.named_modules())):
+            self._module(path, module)
+            self._loss(path, module)
+        self.made.entries.reverse()
+
+    def _module(self, path: str, module: nn.Module) -> None:
+        own = module.__dict__.get("forward", _ABSENT)
+        if is_ours(own):
+            self._note(path, module, "already", "", tuple(STEMS))
+            return
+        if own is not _ABSENT and getattr(own, "__func__", None) is not type(module).forward:
+            if self._verdict(module)[1] is not None:
+                self._note(path, module, "kept", "another tool has replaced its forward")
+            return
+        kept, match = self._verdict(module)
+        for reason in kept:
+            self._note(path, module, "kept", reason)
+        if isinstance(match, Candidate):
+            self.made._install(module, "forward", types.MethodType(_marked(match), module))
+            stems = tuple(s for s in match.stems if s in STEMS)
+            self._note(path, module, "replaced", match.text, stems)
+        elif match is not None:
+            state = "noted" if isinstance(match, Note) else "kept"
+            self._note(path, module, state, match)
+
+    def _note(
+        self, path: str, module: nn.Module, state: str, text: str, stems: tuple[str, ...] = ()
+    ) -> None:
+        self.made.entries.append(Entry(path, type(module).__name__, state, text, stems))
+
+    def _verdict(self, module: nn.Module) -> tuple[list[str], Match]:
+        """The match of a module; modules of one structure share the trial runs."""
+        key = _structure(module)
+        if key not in self.verdicts:
+            kept, match = self._match(module)
+            if isinstance(match, Candidate):
+                try:
+                    _probe.compare(module, match.forward, match.calls)
+                except _probe.Mismatch as e:
+                    match = str(e)
+                except Exception as e:
+                    match = f"the trial run failed: {type(e).__name__}: {str(e)[:120]}"
+            self.verdicts[key] = kept, match
+        return self.verdicts[key]
+
+    def _match(self, module: nn.Module) -> tuple[list[str], Match]:
+        device = _device(module, self.made.model)
+        if device.type == "meta":
+            return [], "its parameters are on the meta device" if _own(module) else None
+        matchers: list[tuple[str, Callable[[], Match]]] = [
+            ("linear", lambda: match_linear(module)),
+            ("rms_norm layer_norm", lambda: match_norm(module)),
+            ("activation", lambda: match_activation(module, device)),
+            ("feed_forward", lambda: match_feed_forward(module, device)),
+        ]
+        for stems, matcher in matchers:
+            if not self.wanted & set(stems.split()):
+                continue
+            match = matcher()
+            if isinstance(match, Candidate) and not self.wanted & set(match.stems):
+                return [], None
+            if match is not None:
+                return [], match
+        return self.blocks.match(module)
+
+    def _loss(self, path: str, module: Any) -> None:
+        """The loss of a causal language model: a function that transformers keeps per instance."""
+        if "cross_entropy" not in self.wanted or not hasattr(type(module), "loss_function"):
+            return
+        from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+        kind = getattr(module, "loss_type", None)
+        if module.get_output_embeddings() is None or (
+            LOSS_MAPPING.get(kind, ForCausalLMLoss) is not ForCausalLMLoss
+        ):
+            return
+        stems = ("cross_entropy",)
+        own = module.__dict__.get("_loss_function")
+        if own is causal_lm_loss:
+            self._note(path, module, "already", "loss", stems)
+        elif own is not None:
+            self._note(path, module, "kept", "cross_entropy: it has a loss function of its own")
+        else:
+            self.made._install(module, "_loss_function", causal_lm_loss)
+            self._note(path, module, "replaced", "cross_entropy (loss_function)", stems)
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' ForCausalLMLoss: token n is scored on token n + 1.
+
+    The logits are not copied to fp32 first; the kernel computes in fp32 from what they are.
+    """
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    target = shift_labels.reshape(-1).to(logits.device)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = kernels.cross_entropy(
+        logits.reshape(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction
+    )
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch
+
+
+def _marked(match: Candidate) -> Any:
+    """The forward, recognisable as ours. Its name lets pickle fetch the class's own instead."""
+    function: Any = match.forward
+    function.fastlm, function.__name__ = True, "forward"
+    return function
+
+
+def is_ours(forward: Any) -> bool:
+    """Whether an instance's forward was put there by `patch`."""
+    return getattr(getattr(forward, "__func__", None), "fastlm", False)
+
+
+def unpatch(model: nn.Module) -> int:
+    """Removes everything any patch put into a model, also into a copy of it; returns how many."""
+    removed = 0
+    for module in model.modules():
+        if is_ours(module.__dict__.get("forward")):
+            del module.__dict__["forward"]
+            removed += 1
+        if module.__dict__.get("_loss_function") is causal_lm_loss:
+            del module.__dict__["_loss_function"]
+            removed += 1
+    return removed
+
+
+@contextlib.contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """The model without any patch inside the block."""
+    taken = []
+    for module in model.modules():
+        for name in ("forward", "_loss_function"):
+            value = module.__dict__.get(name)
+            if is_ours(value) or value is causal_lm_loss:
+                taken.append((module, name, module.__dict__.pop(name)))
+    try:
+        yield
+    finally:
+        for module, name, value in taken:
+            module.__dict__[name] = value
+
+
+def _rotary_width(model: nn.Module) -> int | None:
+    """Width of the tables the model's rotary embedding makes, from its frequencies."""
+    for module in model.modules():
+        frequencies = getattr(module, "inv_freq", None)
+        if isinstance(frequencies, Tensor) and frequencies.dim() == 1:
+            return 2 * len(frequencies)
+    return None
+
+
+def _own(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def _device(module: nn.Module, model: nn.Module) -> torch.device:
+    for m in (module, model):
+        p = next(m.parameters(), None)
+        if p is not None:
+            return p.device
+    return torch.device("cpu")
+
+
+_STANDARD = frozenset(nn.Module().__dict__) | {"layer_idx", "layer_id", "forward"}
+
+
+def _structure(module: nn.Module) -> Any:
+    """Equal for modules that a trial run on random parameters cannot tell apart."""
+    key: list[Any] = []
+    for name, m in module.named_modules():
+        own = m.__dict__.get("forward")
+        key.append((name, type(m), id(getattr(own, "__func__", own))))
+        for attribute, value in m.__dict__.items():
+            if attribute not in _STANDARD:
+                simple = value is None or isinstance(value, (bool, int, float, str, torch.Size))
+                simple = simple or type(value) is tuple
+                key.append((attribute, value if simple else id(value)))
+        key += [len(h) for n, h in m.__dict__.items() if n.endswith("_hooks") and h is not None]
+        key += [
+            (n, None if t is None else (tuple(t.shape), t.dtype, t.device, type(t)))
+            for group in (m._parameters, m._buffers)
+            for n, t in group.items()
+        ]
+    return tuple(key)
+
+
+def _table(entries: list[Entry]) -> list[str]:
+    """One line per group of layers that share everything but their numbers."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for e in entries:
+        groups.setdefault((pattern(e.path), e.module, e.text), []).append(e.path)
+    rows = [(_collapse(p, paths), m, t) for (p, m, t), paths in groups.items()]
+    if not rows:
+        return []
+    widths = [max(len(r[i]) for r in rows) for i in (0, 1)]
+    return [f"  {p:<{widths[0]}}  {m:<{widths[1]}}  {t}".rstrip() for p, m, t in rows]
+
+
+def pattern(path: str) -> str:
+    """A path with its layer numbers replaced by stars."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+
+
+def _collapse(pattern: str, paths: list[str]) -> str:
+    if not pattern:
+        return "(model)"
+    if len(paths) == 1:
+        return paths[0]
+    numbers = [[int(n) for n in re.findall(r"(?<=\.)\d+(?=\.|$)", p)] for p in paths]
+    if pattern.count("*") != 1:
+        return f"{pattern} ({len(paths)})"
+    found = sorted(n[0] for n in numbers)
+    if found == list(range(found[0], found[-1] + 1)):
+        return pattern.replace("*", f"{{{found[0]}-{found[-1]}}}")
+    return pattern.replace("*", "{" + ",".join(map(str, found)) + "}")

@@ -1,0 +1,246 @@
+"""`fastlm.verify`: the error of a patched model, beside the error of the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.hf import _probe
+from fastlm.hf._float64 import doubled, float64
+from fastlm.hf.patch import is_ours, patch, pattern, suspended
+from fastlm.testing import Error
+
+
+@dataclass(frozen=True)
+class Report:
+    """The errors of single modules, of the outputs and of the gradients, and their budgets."""
+
+    errors: list[Error]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every error is within its budget."""
+        return all(e.ok for e in self.errors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        rows = [
+            {"name": e.name, "ours": e.ours, "torch": e.torch, "allowed": e.allowed, "ok": e.ok}
+            for e in self.errors
+        ]
+        return {"ok": self.ok, "errors": rows}
+
+    def __str__(self) -> str:
+        """A table of errors against float64: gradients by their worst, everything else in full."""
+        gradients = [e for e in self.errors if e.name.startswith("gradient of ")]
+        rows = [e for e in self.errors if e not in gradients]
+        gradients.sort(key=lambda e: e.ours / e.allowed if e.allowed else 0.0, reverse=True)
+        shown = [e for i, e in enumerate(gradients) if i < 3 or not e.ok]
+        width = max([len(e.name) for e in (*rows, *shown)] + [10])
+        lines = [
+            f"{'error against float64':<{width}}  {'fastlm':>9}  {'PyTorch':>9}  {'allowed':>9}"
+        ]
+        for e in (*rows, *shown):
+            verdict = "ok" if e.ok else "TOO LARGE"
+            lines.append(
+                f"{e.name:<{width}}  {e.ours:9.2e}  {e.torch:9.2e}  {e.allowed:9.2e}  {verdict}"
+            )
+        if len(shown) < len(gradients):
+            lines.append(f"... and {len(gradients) - len(shown)} gradients more, all ok")
+        lines.append("verified" if self.ok else "NOT verified")
+        return "\n".join(lines)
+
+
+def verify(model: nn.Module, inputs: Any = None) -> Report:
+    """Runs a model patched, unpatched and in float64, and compares.
+
+    The rule is that of the kernels: an error against float64 is at most twice the error of the
+    model in its own dtype, or one rounding of the typical value. Errors are root mean squares, over
+    the tokens that count; they are taken of one module of each replaced kind, of the logits, the
+    loss and every gradient (that of a parameter over all layers that have it).
+
+    Args:
+        model: patched, or not: then it is patched for the time of the call.
+        inputs: what to call the model with: token numbers [B, T], or a dict of arguments. Made up
+            by default, with padding on the left of one row. A dict without labels gets them.
+
+    Returns:
+        A Report: `ok`, `errors`, `to_dict()`; it prints as a table.
+
+    Raises:
+        TypeError: model is no torch.nn.Module, or no inputs can be made up for it.
+
+    Takes the memory of a float64 copy of the model, and of its gradients three times.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"verify: model must be a torch.nn.Module, got {type(model).__name__}")
+    arguments = _arguments(model, inputs)
+    patched = any(is_ours(m.__dict__.get("forward")) for m in model.modules())
+    with contextlib.nullcontext() if patched else patch(model), _ready(model) as names:
+        replaced = _one_of_each(model)
+        with suspended(model):
+            with _recorded(model, replaced) as calls:
+                theirs = _run(model, arguments, names)
+            exact_model = copy.deepcopy(model).double()
+        with float64():
+            exact = _run(exact_model, doubled(arguments), names)
+        ours = _run(model, arguments, names)
+        errors = [*_modules(model, exact_model, calls)]
+    dtype = _dtype(model)
+    keep = arguments.get("attention_mask")
+    for name, values in _grouped(ours, theirs, exact).items():
+        if name == "logits" and keep is not None and keep.dim() == 2:
+            values = [[x[keep.bool()] for x in three] for three in values]
+        errors.append(_error(name, values, dtype))
+    return Report(errors)
+
+
+def _grouped(*runs: dict[str, Tensor]) -> dict[str, list[list[Tensor]]]:
+    """The tensors of several runs side by side; equal parameters of all layers under one name."""
+    groups: dict[str, list[list[Tensor]]] = {}
+    for name in runs[0]:
+        together = pattern(name) if name.startswith("gradient of ") else name
+        groups.setdefault(together, []).append([run[name] for run in runs])
+    return groups
+
+
+def _arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    if inputs is None:
+        config = getattr(model, "config", None)
+        vocabulary = getattr(config, "vocab_size", None)
+        if not isinstance(vocabulary, int):
+            raise TypeError("verify: inputs must be given for a model without config.vocab_size")
+        tokens = min(48, getattr(config, "max_position_embeddings", None) or 48)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (2, tokens), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, : tokens // 8] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask}
+    elif isinstance(inputs, Tensor):
+        inputs = {"input_ids": inputs}
+    device = next(model.parameters()).device
+    made: dict[str, Any] = {
+        n: v.to(device) if isinstance(v, Tensor) else v for n, v in dict(inputs).items()
+    }
+    accepted = inspect.signature(model.forward).parameters
+    if "labels" in accepted and "labels" not in made and "input_ids" in made:
+        labels = made["input_ids"].clone()
+        given = made.get("attention_mask")
+        if given is not None and given.shape == labels.shape:
+            labels[given == 0] = -100
+        made["labels"] = labels
+    if "use_cache" in accepted:
+        made.setdefault("use_cache", False)
+    return made
+
+
+@contextlib.contextmanager
+def _ready(model: nn.Module) -> Iterator[list[str]]:
+    """Evaluation mode, with gradients on; yields the parameters to take them of."""
+    floating = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    wanted = {n: p for n, p in floating.items() if p.requires_grad} or floating
+    before = [(p, p.requires_grad) for p in wanted.values()]
+    for p in wanted.values():
+        p.requires_grad_(True)
+    try:
+        with _probe.evaluating(model), torch.enable_grad():
+            yield list(wanted)
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
+
+
+def _run(model: nn.Module, arguments: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
+    out = model(**arguments)
+    logits: Any = next(
+        (out[n] for n in ("logits", "last_hidden_state") if isinstance(out, dict) and n in out), out
+    )
+    if isinstance(logits, (tuple, list)):
+        logits = logits[0]
+    loss: Any = out.get("loss") if isinstance(out, dict) else None
+    found = {"logits": logits.detach()}
+    if loss is None:
+        loss = (logits * _probe.random(logits.shape, 5, logits).to(logits.dtype)).sum()
+    else:
+        found["loss"] = loss.detach()
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True)
+    for name, g in zip(names, gradients, strict=True):
+        if g is not None:
+            found[f"gradient of {name}"] = g
+    return found
+
+
+def _one_of_each(model: nn.Module) -> list[str]:
+    """Paths of one module for each pair of class and replacement."""
+    seen: dict[Any, str] = {}
+    for path, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if path and is_ours(forward):
+            seen.setdefault((type(module), forward.__func__), path)
+    return list(seen.values())
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module, paths: list[str]) -> Iterator[dict[str, Any]]:
+    """Collects what the modules at these paths are called with, for the first time each."""
+    calls: dict[str, Any] = {}
+    handles = []
+
+    def recorder(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.setdefault(path, _detached((args, kwargs)))
+
+        return hook
+
+    for path in paths:
+        module = model.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(recorder(path), with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _detached(value: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, value)
+
+
+def _modules(model: nn.Module, exact_model: nn.Module, calls: dict[str, Any]) -> Iterator[Error]:
+    """The forward error of single modules, on what they were called with in the model."""
+    dtype = _dtype(model)
+    with torch.no_grad():
+        for path, (args, kwargs) in calls.items():
+            module = model.get_submodule(path)
+            ours = module(*args, **kwargs)
+            with suspended(module):
+                theirs = module(*args, **kwargs)
+            with float64():
+                wide = doubled((args, kwargs))
+                exact = exact_model.get_submodule(path)(*wide[0], **wide[1])
+            three = [x[0] if isinstance(x, tuple) else x for x in (ours, theirs, exact)]
+            yield _error(f"{path} ({type(module).__name__})", [three], dtype)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _error(name: str, values: list[list[Tensor]], dtype: torch.dtype) -> Error:
+    """Root mean squares of the errors of ours and PyTorch's, and the budget."""
+    ours = theirs = size = count = 0.0
+    for made, its, exact in values:
+        ours += float((made.double() - exact).square().sum())
+        theirs += float((its.double() - exact).square().sum())
+        size += float(exact.double().square().sum())
+        count += exact.numel()
+    mine, its_error, typical = ((x / max(count, 1)) ** 0.5 for x in (ours, theirs, size))
+    return Error(name, mine, its_error, max(2 * its_error, torch.finfo(dtype).eps * typical))

@@ -1,0 +1,326 @@
+"""fastlm.patch: what it replaces, and that a patched model computes and trains as before."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny, token_numbers
+from torch import nn
+
+import fastlm
+from fastlm.hf.patch import STEMS, suspended
+from fastlm.ops import _registry
+from fastlm.testing import error
+
+IDS = token_numbers()
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def logits(model, ids=IDS, **kw):
+    with torch.no_grad():
+        return model(ids, **kw).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_stay_within_the_rule(name, dtype):
+    model = tiny(name, dtype)
+    theirs, exact = logits(model), logits(copy.deepcopy(model).double())
+    with fastlm.patch(model, strict=True):
+        ours = logits(model)
+    assert error("logits", ours, theirs, exact).ok
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_expected_kind_is_replaced(name):
+    with fastlm.patch(tiny(name), strict=True) as p:
+        replaced = {s for e in p.entries if e.state == "replaced" for s in e.stems}
+        fused = [e for e in p.entries if "residual add" in e.text]
+    norm = {"layer_norm"} if name == "gpt2" else {"rms_norm", "rope", "feed_forward"}
+    assert replaced == {"linear", "attention", "activation", "cross_entropy"} | norm
+    assert len(fused) == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_kernels_run(name):
+    model = tiny(name)
+    with fastlm.patch(model), _registry.recording() as verdicts:
+        model(IDS, labels=IDS)
+    called = [v.stem for v in verdicts]
+    norm = "layer_norm" if name == "gpt2" else "rms_norm"
+    assert called.count(norm) == 5  # two a layer, one of them with the sum, and the last
+    assert called.count("attention") == 2
+    assert called.count("cross_entropy") == 1
+    if name == "llama":
+        assert called.count("rope") == 2
+        assert called.count("feed_forward") == 2
+
+
+def test_a_decode_step_takes_the_decode_kernel():
+    model = tiny()
+    with fastlm.patch(model), torch.no_grad():
+        cache = model(IDS).past_key_values
+        with _registry.recording() as verdicts:
+            model(IDS[:, :1], past_key_values=cache)
+    assert [v.stem for v in verdicts].count("decode_attention") == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_honoured(name, side):
+    model = tiny(name)
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    if side == "right":
+        mask = mask.flip(1)
+    keep = mask.bool()
+    expected = logits(model, attention_mask=mask)[keep]
+    unmasked = logits(model)[keep]
+    with fastlm.patch(model):
+        made = logits(model, attention_mask=mask)[keep]
+    torch.testing.assert_close(made, expected, **CLOSE)
+    assert side == "right" or (unmasked - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_gives_the_same_tokens(name, cache):
+    model = tiny(name)
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "cache_implementation": cache,
+        "disable_compile": True,
+    }
+    expected = model.generate(IDS, **options)
+    with fastlm.patch(model):
+        assert torch.equal(model.generate(IDS, **options), expected)
+
+
+def test_a_sliding_window_is_honoured():
+    model = tiny("mistral", sliding_window=4)
+    expected, tokens = logits(model), model.generate(IDS, max_new_tokens=8, do_sample=False)
+    with fastlm.patch(model, strict=True):
+        torch.testing.assert_close(logits(model), expected, **CLOSE)
+        assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), tokens)
+    assert (logits(tiny("mistral", sliding_window=None)) - expected).abs().max() > 1e-2
+
+
+def test_packed_sequences_do_not_see_each_other():
+    model = tiny()
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    options = {"position_ids": positions, "use_cache": False}
+    expected = logits(model, IDS[:1], **options)
+    with fastlm.patch(model):
+        torch.testing.assert_close(logits(model, IDS[:1], **options), expected, **CLOSE)
+
+
+def training_gradients(model, **kw):
+    model.train().zero_grad()
+    model(IDS, labels=IDS, use_cache=False, **kw).loss.backward()
+    made = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_step_gradients(name, checkpointing):
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if name == "gpt2" else {}
+    model = tiny(name, **dropout)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    theirs, exact = training_gradients(model), training_gradients(copy.deepcopy(model).double())
+    with fastlm.patch(model):
+        ours = training_gradients(model)
+    assert ours.keys() == exact.keys()
+    every = [torch.cat([g.flatten() for g in run.values()]) for run in (ours, theirs, exact)]
+    assert (e := error("gradients", *every)).ok, str(e)
+
+
+def test_the_loss_counts_items_as_transformers_does():
+    model = tiny()
+    options = {"labels": IDS, "num_items_in_batch": torch.tensor(7)}
+    expected = model(IDS, **options).loss
+    with fastlm.patch(model):
+        torch.testing.assert_close(model(IDS, **options).loss, expected)
+
+
+def test_autocast():
+    model = tiny()
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = logits(model)
+        with fastlm.patch(model):
+            ours = logits(model)
+    assert ours.dtype == theirs.dtype
+    assert error("logits", ours, theirs, logits(copy.deepcopy(model).double())).ok
+
+
+def test_attention_dropout_is_left_to_pytorch_in_training():
+    model = tiny(attention_dropout=0.5).train()
+    with fastlm.patch(model), _registry.recording() as verdicts:
+        model(IDS)
+        model.eval()(IDS)
+    assert [v.stem for v in verdicts].count("attention") == 2
+
+
+def test_moving_and_loading_weights_keep_working():
+    model = tiny()
+    with fastlm.patch(model):
+        model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
+        model.to(torch.bfloat16)
+        with suspended(model):
+            theirs, exact = logits(model), logits(copy.deepcopy(model).double())
+        assert error("logits", logits(model), theirs, exact).ok
+
+
+def test_hooks_still_fire():
+    model = tiny()
+    seen = []
+    layer = model.model.layers[0]
+    for module in (layer, layer.mlp, layer.mlp.up_proj, layer.post_attention_layernorm):
+        module.register_forward_hook(lambda m, a, out: seen.append(type(m).__name__))
+    expected = logits(model)
+    theirs = list(seen)
+    seen.clear()
+    with fastlm.patch(model):
+        torch.testing.assert_close(logits(model), expected, **CLOSE)
+    assert seen == theirs
+
+
+def test_hidden_states_are_recorded():
+    model = tiny()
+    expected = model(IDS, output_hidden_states=True).hidden_states
+    with fastlm.patch(model):
+        made = model(IDS, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(made, expected, **CLOSE)
+
+
+def test_eager_attention_keeps_its_weights():
+    model = tiny(attn_implementation="eager")
+    with fastlm.patch(model) as p:
+        assert "attention: asks for 'eager'" in p.report()
+        assert len(model(IDS, output_attentions=True).attentions) == 2
+    with pytest.raises(RuntimeError, match=r"strict, but left alone:\n.*asks for 'eager'"):
+        fastlm.patch(model, strict=True)
+
+
+def test_fullgraph_compile_forward_and_backward():
+    model = tiny()
+    expected = training_gradients(model)
+    with fastlm.patch(model):
+        made = training_gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    for name, value in expected.items():
+        torch.testing.assert_close(made[f"_orig_mod.{name}"], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_subset_of_the_operators():
+    model = tiny()
+    with fastlm.patch(model, ops=["rms_norm"], strict=True) as p:
+        assert {s for e in p.entries for s in e.stems} <= {"rms_norm"}
+        assert "forward" not in model.lm_head.__dict__
+        with _registry.recording() as verdicts:
+            model(IDS, labels=IDS)
+    assert {v.stem for v in verdicts} == {"rms_norm"}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_each_operator_alone(stem):
+    model = tiny("gpt2" if stem == "layer_norm" else "llama")
+    expected = logits(model)
+    with fastlm.patch(model, ops=[stem], strict=True), _registry.recording() as verdicts:
+        made = logits(model, labels=IDS)
+    torch.testing.assert_close(made, expected, **CLOSE)
+    assert stem == "activation" or stem in {v.stem for v in verdicts}
+
+
+class ShiftedNorm(nn.Module):
+    """Looks like an RMSNorm and adds one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.eps = 1e-6
+
+    def forward(self, x):
+        return self.weight * nn.functional.rms_norm(x, x.shape[-1:], None, self.eps) + 1
+
+
+class Clipped(nn.Module):
+    """A feed-forward block with an activation that has no kernel."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(8, 16), nn.Linear(16, 8), act
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x)))
+
+
+class WithResidual(Clipped):
+    """Its parts are those of a feed-forward block, its forward does more."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def test_what_does_not_match_is_left_alone_and_reported():
+    model = nn.ModuleList([ShiftedNorm(), Clipped(nn.Hardtanh()), WithResidual(nn.GELU())])
+    with fastlm.patch(model) as p:
+        kept = {e.path: e.text for e in p.entries if e.state == "kept"}
+        assert all("forward" not in m.__dict__ for m in model)
+    assert "computes neither rms_norm nor layer_norm" in kept["0"]
+    assert "its activation is none of" in kept["1"]
+    assert "every assignment of its linear maps" in kept["2"]
+    assert "left alone:" in p.report()
+    with pytest.raises(RuntimeError, match="strict, but left alone"):
+        fastlm.patch(model, strict=True)
+    assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+@pytest.mark.parametrize("make", [nn.RMSNorm, nn.LayerNorm], ids=lambda m: m.__name__)
+def test_norms_of_torch(make, eps):
+    norm, x = make(16, eps=eps), torch.randn(3, 16) * 1e-2
+    expected = norm(x)
+    with fastlm.patch(norm, strict=True):
+        torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("order", ["gate first", "up first"])
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU()], ids=str)
+def test_gate_and_up_are_told_apart_by_their_values(order, act):
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1, self.w2 = nn.Linear(8, 24), nn.Linear(24, 8)
+            self.w3, self.act = nn.Linear(8, 24), act
+
+        def forward(self, x):
+            a, b = (self.w1, self.w3) if order == "gate first" else (self.w3, self.w1)
+            return self.w2(self.act(a(x)) * b(x))
+
+    model, x = Mlp(), torch.randn(5, 8)
+    expected = model(x)
+    with fastlm.patch(model, ops=["feed_forward"], strict=True):
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_report_groups_the_layers():
+    text = fastlm.patch(tiny()).report()
+    assert text.startswith("fastlm.patch(LlamaForCausalLM): 29 modules replaced, 0 left alone")
+    assert "model.layers.{0-1}.mlp " in text and "feed_forward (gated silu)" in text
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match=r"patch: model must be a torch.nn.Module, got str"):
+        fastlm.patch("gpt2")
+    with pytest.raises(ValueError, match=r"patch: ops must be names among .*, got 'flash'"):
+        fastlm.patch(tiny(), ops=["flash"])
+    with pytest.raises(TypeError, match="must not be compiled yet"):
+        fastlm.patch(torch.compile(nn.Linear(2, 2)))

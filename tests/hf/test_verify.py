@@ -1,0 +1,90 @@
+"""fastlm.verify and fastlm.explain on whole models."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import pytest
+import torch
+from tiny_models import tiny, token_numbers
+from torch import nn
+
+import fastlm
+from fastlm.hf._float64 import float64
+from fastlm.hf.patch import is_ours
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_patched_model_is_verified(name, dtype):
+    model = tiny(name, dtype)
+    with fastlm.patch(model):
+        report = fastlm.verify(model)
+    assert report.ok, str(report)
+    names = [e.name for e in report.errors]
+    assert "logits" in names and "loss" in names
+    assert "gradient of " + ("model.layers.*." if name == "llama" else "transformer.h.*.") in str(
+        sorted(names)
+    )
+    assert any("DecoderLayer" in n or "Block" in n for n in names)
+    assert str(report).endswith("verified")
+    assert json.loads(json.dumps(report.to_dict()))["ok"]
+
+
+def test_an_unpatched_model_is_left_as_it_was():
+    model = tiny().train()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert fastlm.verify(model, token_numbers(1, 8)).ok
+    assert model.training and all(m.training for m in model.modules())
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+def test_a_wrong_kernel_is_found():
+    model = tiny()
+    with fastlm.patch(model):
+        layer = model.model.layers[1].mlp
+        good = layer.__dict__["forward"]
+
+        def wrong(self, x):
+            return good(x) * 1.001
+
+        wrong.fastlm = True
+        layer.__dict__["forward"] = types.MethodType(wrong, layer)
+        report = fastlm.verify(model)
+        layer.__dict__["forward"] = good
+    assert not report.ok
+    assert "TOO LARGE" in str(report) and str(report).endswith("NOT verified")
+    bad = [e.name for e in report.errors if not e.ok]
+    assert "logits" in bad and "model.layers.1.mlp (LlamaMLP)" in bad
+    assert "model.layers.0.mlp (LlamaMLP)" not in bad
+
+
+def test_any_module_with_inputs():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    assert fastlm.verify(model, {"input": torch.randn(3, 8)}).ok
+    with pytest.raises(TypeError, match="verify: inputs must be given"):
+        fastlm.verify(model)
+    with pytest.raises(TypeError, match=r"verify: model must be a torch.nn.Module, got str"):
+        fastlm.verify("gpt2")
+
+
+def test_the_float64_run_casts_nothing_down():
+    x = torch.randn(4, dtype=torch.float64)
+    with float64():
+        made = [x.float(), x.to(torch.float32), x.to(dtype=torch.bfloat16), x.half()]
+        made += [torch.softmax(x, 0, dtype=torch.float32), torch.zeros(2), torch.rand(2)]
+    assert all(t.dtype == torch.float64 for t in made)
+    assert torch.equal(made[0], x)
+    assert torch.zeros(2).dtype == torch.float32
+
+
+def test_explain_a_model():
+    model = tiny()
+    text = str(fastlm.explain(model))
+    assert "model.layers.{0-1}.self_attn" in text
+    assert "one forward pass calls fastlm's operators" in text
+    assert "attention on cpu, float32" in text
+    assert not any(is_ours(m.__dict__.get("forward")) for m in model.modules())

@@ -1,0 +1,43 @@
+"""Tiny models of transformers' classes, with random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+FAMILIES = ["llama", "gpt2", "mistral", "qwen2"]
+
+
+def tiny(name: str = "llama", dtype: torch.dtype = torch.float32, **options):
+    """A model of two layers."""
+    torch.manual_seed(1)
+    common = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if name == "gpt2":
+        config = transformers.GPT2Config(
+            **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **common, **options}
+        )
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+        }
+        family = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[name]
+        config = getattr(transformers, f"{family}Config")(**{**sizes, **common, **options})
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0) if p.dim() > 1 else p.add_(0.3 * torch.randn_like(p))
+    return model.to(dtype).eval()
+
+
+def token_numbers(rows: int = 2, tokens: int = 12) -> torch.Tensor:
+    """Rows of token numbers, none of them special."""
+    return torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(3))
