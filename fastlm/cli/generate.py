@@ -47,7 +47,7 @@ def command(
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat")
     if prompt is None:
-        prompt = click.get_text_stream("stdin").read().rstrip("\n")
+        prompt = sys.stdin.read().rstrip("\n")
     if not prompt:
         raise click.UsageError("the prompt is empty")
     try:

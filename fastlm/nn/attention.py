@@ -71,7 +71,6 @@ class SelfAttention(torch.nn.Module):
             attend: computes [B, heads, T, head_dim] from q, k, v in place of causal attention
                 among the tokens of x; a cache of earlier keys and values enters here.
         """
-        batch, tokens, _ = x.shape
         q, k, v = split_heads(self.qkv(x), self.heads, self.kv_heads)
         if rope is not None:
             q, k = ops.rope(q, k, *rope)  # type: ignore[assignment]
@@ -79,7 +78,7 @@ class SelfAttention(torch.nn.Module):
             out = ops.attention(q, k, v, causal=True, window=self.window, mask=mask)
         else:
             out = attend(q, k, v)
-        return self.out(out.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.out(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
