@@ -47,9 +47,13 @@ class NativeBuild(build_ext):
             (source / "_cuda.so").unlink(missing_ok=True)
 
 
+# pip is asked to bring torch only where the environment being installed into has none; a bare
+# `python setup.py` never downloads anything.
+by_pip = "setuptools.build_meta" in sys.modules
+needs_torch = by_pip and native.find_torch() is None
+
 setup(
     ext_modules=[Extension("fastlm._C", sources=[], optional=True)],
     cmdclass={"build_ext": NativeBuild},
-    # torch is asked for only where the environment being installed into has none
-    setup_requires=[] if native.find_torch() else [f"torch>={native.MIN_TORCH}"],
+    setup_requires=[f"torch>={native.MIN_TORCH}"] if needs_torch else [],
 )

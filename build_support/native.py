@@ -57,6 +57,8 @@ def find_torch() -> Path | None:
     """The torch package directory of the environment being installed into, or None."""
     override = os.environ.get("FASTLM_TORCH_DIR")
     if override:
+        if not (Path(override) / "version.py").exists():
+            raise BuildError(f"FASTLM_TORCH_DIR: no torch package in {override}")
         return Path(override)
     for folder in _site_packages():
         torch = Path(folder or ".") / "torch"

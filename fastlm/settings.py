@@ -11,7 +11,7 @@ FASTLM_QUIET       ``1`` silences the one warning given when no native kernels a
 
 Read by the build only (``build_support/native.py``): ``FASTLM_CUDA`` (``0``, ``1``, ``auto``),
 ``FASTLM_TORCH_DIR``, ``FASTLM_REQUIRE_NATIVE``, ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``,
-``CUDA_PATH``, ``NVCC_CCBIN``, ``NVCC_THREADS``, ``CXX``, ``MAX_JOBS``.
+``CUDA_PATH``, ``NVCC_CCBIN``, ``NVCC_THREADS``, ``CXX``, ``MAX_JOBS``, ``VIRTUAL_ENV``.
 """
 
 from __future__ import annotations

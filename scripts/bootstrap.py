@@ -64,9 +64,11 @@ def run(what, *command, hint=""):
 
 
 def pip(what, *arguments):
-    quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    hint = "A package index is needed for this step, and a few GB of disk: is it reachable?"
-    run(what, PYTHON, "-m", "pip", "install", *quiet, *arguments, hint=hint)
+    hint = "This step needs a package index and some GB of disk: is there both?"
+    options = ["--no-compile"]  # bytecode comes with the first import, of what is imported
+    if not sys.stderr.isatty():
+        options.append("--quiet")
+    run(what, PYTHON, "-m", "pip", "install", *options, *arguments, hint=hint)
 
 
 def runs(python, code):
