@@ -94,30 +94,32 @@ def _origin(content: dict) -> str:
 
 
 def _demo(content: dict) -> str:
-    """original | patched | decoder, per dtype and measure."""
+    """original | patched | decoder, per measure and dtype."""
     facts, settings = content["machine"], content["settings"]
-    variants = content["variants"]
-    body = []
-    for measure in content["measures"]:
-        for dtype, values in measure["values"].items():
-            first = values[variants[0]]
-            cells = [measure["name"], dtype]
-            for variant in variants:
-                value = values.get(variant)
-                if value is None or first is None:
-                    cells.append("-")
-                    continue
-                gain = value / first if measure["more_is_better"] else first / value
-                ratio = "" if variant == variants[0] else f" (**{gain:.2f}x**)"
-                cells.append(f"{_number(value)} {measure['unit']}{ratio}")
-            body.append(cells)
     origin = (
         f"{content['model']}, {facts['cpu']} ({facts['isa'] or 'no native kernels'}), "
         f"{settings['threads']} threads, torch {content['versions']['torch']}, transformers "
         f"{content['versions']['transformers']}, {settings['allocator']}, "
         f"{content['date'][:10]}, commit {content['commit']}."
     )
-    return f"{origin}\n\n{_table(['', 'dtype', *variants], body, left=2)}"
+    return f"{origin}\n\n{_table(['', 'dtype', *content['variants']], demo_rows(content), left=2)}"
+
+
+def demo_rows(content: dict) -> list[list[str]]:
+    """The cells of a demonstration's table; a measure is named in its first row only."""
+    first, *others = content["variants"]
+    body = []
+    for measure in content["measures"]:
+        name = measure["name"]
+        for dtype, values in measure["values"].items():
+            cells = [name, dtype, f"{_number(values[first])} {measure['unit']}"]
+            for other in others:
+                value, base = values[other], values[first]
+                gain = value / base if measure["more_is_better"] else base / value
+                cells.append(f"{_number(value)} ({gain:.2f}x)")
+            body.append(cells)
+            name = ""
+    return body
 
 
 def _number(value: float) -> str:

@@ -52,7 +52,7 @@ def interleave(
     `realtime` raises the threads' priority during a sample (needs the right to do so).
     """
     turns = {name: itertools.cycle(thunks) for name, thunks in variants.items()}
-    calls = {name: _calibrate(turns[name], len(variants[name])) for name in variants}
+    calls = {name: _calibrate(turns[name], len(variants[name]), realtime) for name in variants}
     clean: dict[str, list[float]] = {name: [] for name in variants}
     spoilt: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     names = list(variants)
@@ -78,16 +78,13 @@ def _times(clean: list[float], spoilt: list[tuple[float, float]]) -> Times:
     return Times.of(clean, len(spoilt))
 
 
-def _calibrate(turn: Iterator[Thunk], rotation: int) -> int:
+def _calibrate(turn: Iterator[Thunk], rotation: int, realtime: bool) -> int:
     """How many calls fill a burst; every thunk has run once when it returns."""
-    for thunk in itertools.islice(turn, rotation + 1):
+    for thunk in itertools.islice(turn, rotation):
         thunk()
     calls = 1
     while True:
-        start = time.perf_counter()
-        for thunk in itertools.islice(turn, calls):
-            thunk()
-        spent = time.perf_counter() - start
+        spent, _ = _sample(turn, calls, realtime)
         if spent >= BURST / 2:
             return max(1, round(calls * BURST / spent))
         calls *= 2
@@ -95,8 +92,9 @@ def _calibrate(turn: Iterator[Thunk], rotation: int) -> int:
 
 def _sample(turn: Iterator[Thunk], calls: int, realtime: bool) -> tuple[float, float]:
     """(seconds, seconds of it spent waiting for a processor) of some calls."""
-    burst = list(itertools.islice(turn, calls))
+    wake, *burst = itertools.islice(turn, 1 + calls)
     with raised(realtime):
+        wake()  # the threads of the pool
         before, start = _waited(), time.perf_counter()
         for thunk in burst:
             thunk()

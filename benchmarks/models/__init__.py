@@ -1,0 +1,1 @@
+"""Whole models: original, patched and fastlm's own decoder, side by side."""
