@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 import time
 from pathlib import Path
@@ -14,22 +15,22 @@ NAMES = ("original", "patched", "decoder")
 TITLES = {"original": "original", "patched": "patched", "decoder": "fastlm Decoder"}
 
 
-class Variant:
+class Variant(abc.ABC):
     """A loaded model; `generate` and `train` do what a person would call, and take the time."""
 
     model: torch.nn.Module
 
+    @abc.abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:
         """[B, T, vocab] for tokens [B, T]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def loss(self, tokens: Tensor) -> Tensor:
         """The mean next-token loss."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stream(self, prompt: list[int], count: int) -> list[float]:
         """Generates greedily; the moment (perf_counter) at which each new token was there."""
-        raise NotImplementedError
 
     def generate(self, prompt: list[int], count: int) -> tuple[float, list[float]]:
         """(seconds to the first new token, seconds between the following ones)."""
