@@ -58,6 +58,11 @@ class Case:
         return "fwd+bwd" if self.backward else "fwd"
 
     @property
+    def large(self) -> bool:
+        """Whether the allocator decides: glibc maps tensors above 32 MiB anew each time."""
+        return self.bytes >= 2**26 and not self.cold
+
+    @property
     def id(self) -> str:
         """A name that is unique among all cases and stays the same between versions."""
         return f"{self.op}/{self.shape}/{self.dtype}/{self.direction}"

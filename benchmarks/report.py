@@ -57,19 +57,24 @@ def _ops(content: dict, headlines: bool) -> str:
             cells += _cells(by_dtype.get(dtype), peers)
         body.append(cells)
     table = _table(header, body, left=3)
-    return "\n\n".join(part for part in (_origin(content), table, _left_out(content)) if part)
+    return "\n\n".join(part for part in (_origin(content), table, _notes(content)) if part)
 
 
 def _cells(case: dict | None, peers: Sequence[str]) -> list[str]:
     if case is None:
         return ["-"] * (len(peers) + 2)
-    ratios = [f"{case['ratios'][p]:.2f}x" if p in case["ratios"] else "-" for p in peers]
-    bold = [f"**{r}**" if r != "-" else r for r in ratios]
-    return [_duration(case["times_us"]["ours"]["median"]), *bold, f"{case['share_of_floor']:.0%}"]
+    plain = case.get("plain_malloc", {}).get("ratios", {})
+    cells = [_duration(case["times_us"]["ours"]["median"])]
+    for peer in peers:
+        ratio = f"**{case['ratios'][peer]:.2f}x**" if peer in case["ratios"] else "-"
+        cells.append(ratio + (f" ({plain[peer]:.1f}x)" if peer in plain else ""))
+    return [*cells, f"{case['share_of_floor']:.0%}"]
 
 
-def _left_out(content: dict) -> str:
+def _notes(content: dict) -> str:
     lines = []
+    if any("plain_malloc" in case for case in content["cases"]):
+        lines.append("In brackets: the same under malloc as it is, where the allocator matters.")
     for status, meaning in (
         ("reference", "Not timed, no kernel of its own on this machine"),
         ("wrong", "Not timed, wrong result"),
