@@ -130,13 +130,12 @@ def _with_checkpointing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def match_rope(function: Callable[..., Any]) -> Callable[..., Any] | str:
     """The replacement of a function (q, k, cos, sin) that rotates, or why there is none."""
-    found = None
-    for interleaved in (False, True):
-        if _rotates(function, 16, interleaved):
-            found = interleaved
+    forms = [(False, False), (True, False), (True, True)]
+    found = next((form for form in forms if _rotates(function, 16, *form)), None)
     if found is None:
         return f"{getattr(function, '__name__', 'its rotation')} pairs elements in another way"
-    partial = _rotates(function, 8, found)
+    interleaved, half = found
+    partial = _rotates(function, 8, *found)
 
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         width = cos.shape[-1]
@@ -146,20 +145,29 @@ def match_rope(function: Callable[..., Any]) -> Callable[..., Any] | str:
             or not (q.dim() == k.dim() == 4 and cos.dim() == 3)
             or not (width == q.shape[-1] or (partial and width < q.shape[-1]))
             or q.dtype != k.dtype
-            or not (cos.dtype == q.dtype or cos.dtype == torch.float32 == q.dtype)
+            # The result would be wider than q; under autocast the product narrows it again.
+            or (cos.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type))
         ):
             return function(q, k, cos, sin, *args, **kwargs)
-        return ops.rope(q, k, cos, sin, interleaved=found, rotary_dim=width)
+        if half:
+            cos, sin = cos[..., : width // 2], sin[..., : width // 2]
+        return ops.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=width)
 
     return rope
 
 
-def _rotates(function: Callable[..., Any], width: int, interleaved: bool) -> bool:
-    """Whether a function is ops.rope on heads of 16, with unrelated numbers in the tables."""
+def _rotates(function: Callable[..., Any], width: int, interleaved: bool, half: bool) -> bool:
+    """Whether a function is ops.rope on heads of 16, with unrelated numbers in the tables.
+
+    half: only the first half of the tables is used, an angle for each pair.
+    """
     q, k = _probe.random((2, 4, 5, 16), 1), _probe.random((2, 2, 5, 16), 2)
     cos, sin = _probe.random((2, 5, width), 3), _probe.random((2, 5, width), 4)
+    used = width // 2 if half else width
     with torch.no_grad():
-        expected = ops.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=width)
+        expected = ops.rope(
+            q, k, cos[..., :used], sin[..., :used], interleaved=interleaved, rotary_dim=width
+        )
         try:
             made = function(q, k, cos, sin)
         except Exception:

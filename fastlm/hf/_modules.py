@@ -212,7 +212,7 @@ _RMS_CODE = rms_norm_forward("eps", 0.0).__code__  # type: ignore[attr-defined]
 _LAYER_CODE = layer_norm_forward("eps").__code__  # type: ignore[attr-defined]
 
 
-# Activations and feed-forward blocks.
+# Activations.
 
 
 def kind_of_activation(function: Any, device: torch.device) -> str | None:
@@ -253,95 +253,3 @@ def match_activation(module: nn.Module, device: torch.device) -> Match:
     return Candidate(
         ("activation",), f"activation ({kind})", activation_forward(kind), [((x,), {})]
     )
-
-
-def match_feed_forward(module: nn.Module, device: torch.device) -> Match:
-    """Two or three linear maps around an activation."""
-    children = dict(module.named_children())
-    linears = {n: m for n, m in children.items() if isinstance(m, nn.Linear)}
-    conv = [n for n, m in children.items() if type(m).__name__ == "Conv1D"]
-    dropouts = [n for n, m in children.items() if isinstance(m, (nn.Dropout, nn.Identity))]
-    others = [n for n in children if n not in (*linears, *conv, *dropouts)]
-    if len(linears) + len(conv) not in (2, 3) or len(others) > 1:
-        return None
-    if next(module.parameters(recurse=False), None) is not None:
-        return None
-    functions = [children[n] for n in others] or [
-        f
-        for n, f in module.__dict__.items()
-        if callable(f) and not n.startswith("_") and n != "forward"
-    ]
-    if len(functions) != 1:
-        return None
-    if conv:
-        return Note("its weights are stored [in, out]: its parts are replaced one by one")
-    if not all(is_plain(m) for m in linears.values()):
-        return "its linear maps are of a special kind or have hooks"
-    kind = kind_of_activation(functions[0], device)
-    if kind is None:
-        return f"its activation is none of {', '.join(ACTIVATIONS)}"
-    roles = _roles(linears)
-    if not roles:
-        return "its linear maps do not fit together"
-    x = _probe.random((3, linears[roles[0][1]].in_features), 0).to(device)
-    calls: _probe.Calls = [((x,), {})]
-    for gate, up, down in roles:
-        forward = feed_forward(gate, up, down, kind, tuple(dropouts))
-        try:
-            _probe.compare(module, forward, calls)
-        except Exception:
-            continue
-        form = "gated " if gate else ""
-        return Candidate(("feed_forward",), f"feed_forward ({form}{kind})", forward, [])
-    return "the trial run differs for every assignment of its linear maps"
-
-
-def _roles(linears: dict[str, nn.Linear]) -> list[tuple[str | None, str, str]]:
-    """(gate, up, down) in every order whose shapes fit, the likely ones first."""
-    names = list(linears)
-    size = {n: (m.in_features, m.out_features) for n, m in linears.items()}
-    if len(names) == 2:
-        orders = [(names[0], names[1]), (names[1], names[0])]
-        return [(None, a, b) for a, b in orders if size[a][1] == size[b][0]]
-    found = []
-    for down in reversed(names):
-        a, b = (n for n in names if n != down)
-        if size[a] == size[b] and size[a][1] == size[down][0]:
-            found += [(a, b, down), (b, a, down)]
-    return found  # type: ignore[return-value]
-
-
-def feed_forward(
-    gate: str | None, up: str, down: str, kind: str, dropouts: tuple[str, ...]
-) -> Callable[..., Any]:
-    """The forward of a patched feed-forward block; linear maps are looked up by name."""
-
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        parts: dict[str, Any] = self._modules
-        i, o = parts[up], parts[down]
-        g = None if gate is None else parts[gate]
-        if (
-            not is_plain(i)
-            or not is_plain(o)
-            or not (g is None or is_plain(g))
-            or (self.training and any(getattr(parts[d], "p", 0.0) for d in dropouts))
-        ):
-            return type(self).forward(self, x)
-        a, b = i._parameters, o._parameters
-        if g is None:
-            return ops.feed_forward(
-                x, a["weight"], b["weight"], b_in=a["bias"], b_out=b["bias"], activation=kind
-            )
-        c = g._parameters
-        return ops.feed_forward(
-            x,
-            a["weight"],
-            b["weight"],
-            w_gate=c["weight"],
-            b_in=a["bias"],
-            b_out=b["bias"],
-            b_gate=c["bias"],
-            activation=kind,
-        )
-
-    return forward

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from fastlm import ops as kernels
 from fastlm.hf import _probe
 from fastlm.hf._blocks import Blocks
+from fastlm.hf._feed_forward import match_feed_forward
 from fastlm.hf._modules import (
     Candidate,
     Match,
     Note,
     match_activation,
-    match_feed_forward,
     match_linear,
     match_norm,
 )

@@ -33,6 +33,17 @@ def test_logits_stay_within_the_rule(name, dtype):
     assert error("logits", ours, theirs, exact).ok
 
 
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "gemma", "glm"])
+def test_other_families_come_for_free(name):
+    """Norms of q and k, gate and up in one matrix, 1 + weight, interleaved rotation."""
+    model = tiny(name, head_dim=8)
+    expected = logits(model)
+    with fastlm.patch(model, strict=True), _registry.recording() as verdicts:
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
+    stems = {v.stem for v in verdicts}
+    assert stems >= {"attention", "feed_forward", "linear", "rms_norm", "rope"}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_expected_kind_is_replaced(name):
     with fastlm.patch(tiny(name), strict=True) as p:

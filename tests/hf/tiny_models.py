@@ -29,7 +29,7 @@ def tiny(name: str = "llama", dtype: torch.dtype = torch.float32, **options):
             "max_position_embeddings": 64,
             "tie_word_embeddings": True,
         }
-        family = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[name]
+        family = name.capitalize()
         config = getattr(transformers, f"{family}Config")(**{**sizes, **common, **options})
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
