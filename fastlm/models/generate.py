@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlm import ops
 from fastlm.models import sampling
 from fastlm.models.cache import KVCache
+from fastlm.models.step import make_step
 
 if TYPE_CHECKING:
     from fastlm.models.decoder import Decoder
@@ -135,6 +136,7 @@ def _steps(
     if count <= 0 or not len(tokens):
         return
     ended = [False] * len(tokens)
+    forward = make_step(model)
     # inference mode is left before each yield: the caller's code must not run in it
     with torch.inference_mode():
         hidden = model.hidden(tokens, cache=cache, lengths=lengths)
@@ -146,7 +148,7 @@ def _steps(
     for step in range(count):
         if step:
             with torch.inference_mode():
-                chosen = choose(model.hidden(chosen[:, None], cache=cache)[:, -1])
+                chosen = choose(forward(chosen, cache))
         values = chosen.tolist()
         if not batch:
             yield values[0]

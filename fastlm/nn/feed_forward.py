@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,17 +41,20 @@ class FeedForward(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
+        return ops.feed_forward(x, **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """What `fastlm.ops.feed_forward` takes beside x."""
         up, down, gate = self.up, self.down, self.gate
-        return ops.feed_forward(
-            x,
-            up.weight,
-            down.weight,
-            w_gate=None if gate is None else gate.weight,
-            b_in=up.bias,
-            b_out=down.bias,
-            b_gate=None if gate is None else gate.bias,
-            activation=self.activation,
-        )
+        return {
+            "w_in": up.weight,
+            "w_out": down.weight,
+            "w_gate": None if gate is None else gate.weight,
+            "b_in": up.bias,
+            "b_out": down.bias,
+            "b_gate": None if gate is None else gate.bias,
+            "activation": self.activation,
+        }
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

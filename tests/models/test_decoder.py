@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastlm.models import Config, Decoder
+from fastlm.models.step import make_step
 from fastlm.testing import error
 
 LLAMA = {"vocab": 50, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "max_positions": 40}
@@ -70,6 +71,42 @@ def test_generation_is_greedy_over_the_uncached_logits(shape):
         with torch.no_grad():
             assert token == int(model(torch.tensor([tokens]))[0, -1].argmax())
         tokens = [*tokens, token]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("unequal", [False, True])
+def test_a_step_gives_the_bits_of_the_modules(shape, unequal):
+    model = make(shape)
+    tokens = torch.randint(0, 50, (2, 7))
+    lengths = torch.tensor([7, 4]) if unequal else None
+    caches = model.new_cache(2), model.new_cache(2)
+    with torch.inference_mode():
+        for cache in caches:
+            model.hidden(tokens, cache=cache, lengths=lengths)
+        step = make_step(model)
+        for new in torch.randint(0, 50, (5, 2)):
+            expected = model.hidden(new[:, None], cache=caches[0])[:, 0]
+            assert torch.equal(step(new, caches[1]), expected)
+
+
+def test_generation_runs_a_replaced_module():
+    model = make("llama")
+    plain = model.generate([1, 2, 3], 8)
+
+    class Negated(torch.nn.Linear):
+        def forward(self, x):
+            return -super().forward(x)
+
+    out = model.blocks[1].attention.out
+    model.blocks[1].attention.out = Negated(32, 32, bias=False)
+    model.blocks[1].attention.out.weight = out.weight
+    changed = model.generate([1, 2, 3], 8)
+    with torch.no_grad():
+        expected = int(model(torch.tensor([[1, 2, 3, *changed[:-1]]]))[0, -1].argmax())
+    assert changed != plain and changed[-1] == expected
+    model.blocks[1].attention.out = out
+    out.register_forward_hook(lambda module, args, y: -y)
+    assert model.generate([1, 2, 3], 8) == changed
 
 
 def test_a_cache_continues_a_conversation_and_forgets():
