@@ -52,7 +52,7 @@ def command(
         raise click.UsageError("the prompt is empty")
     try:
         model = Decoder.from_pretrained(path, dtype)
-        text = tokenizer.load(path)
+        text = tokenizer.load(model.source or path)
         if chat:
             messages = [{"role": "user", "content": prompt}]
             if system is not None:

@@ -71,7 +71,8 @@ class GGUFFile:
             raise CheckpointError(
                 f"{path}: not a whole GGUF file: {type(error).__name__}: {error}"
             ) from error
-        self._fields = reader.fields
+        # plain values: the reader's own are a hundred thousand arrays for the tokenizer alone
+        self._values = {key: field.contents() for key, field in reader.fields.items()}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.arch = self.get("general.architecture")
         rows = [family for family in families.FAMILIES if family.gguf]
@@ -89,10 +90,12 @@ class GGUFFile:
                     f" {tensor.tensor_type.name}"
                 )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> GGUFFile:
+        return self  # read only: a copied model shares it
+
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the metadata."""
-        field = self._fields.get(key)
-        return default if field is None else field.contents()
+        return self._values.get(key, default)
 
     def config(self) -> Config:
         """The shape of the model."""

@@ -77,9 +77,11 @@ class Text:
         return lambda token: stream.step(self.tokenizer, token) or ""
 
 
-def load(path: str | os.PathLike[str]) -> Text:
-    """The tokenizer of a Hugging Face directory or a .gguf file."""
-    path = Path(path)
+def load(source: str | os.PathLike[str] | GGUFFile) -> Text:
+    """The tokenizer of a Hugging Face directory, a .gguf file or a model's `source`."""
+    if not isinstance(source, (str, os.PathLike)):
+        return from_gguf(source)
+    path = Path(source)
     if path.is_file():
         from fastlm.hf.gguf import GGUFFile
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -82,7 +81,10 @@ def load(path: Path_, dtype: torch.dtype | str | None = None) -> Decoder:
     if path.is_file():
         from fastlm.hf.gguf import GGUFFile
 
-        return _load_gguf(GGUFFile(path), dtype)
+        file = GGUFFile(path)
+        model = build(file.config(), file, file.names(), dtype)
+        model.source = file
+        return model
     config = read_config(path)
     family = families.by_model_type(config.family, str(path / "config.json"))
     model = build(config, Safetensors(path, family, config.tied_head), hf_names(family), dtype)
@@ -108,10 +110,18 @@ def save(
         max_shard_bytes: larger weights are split into several files.
         companions: whether to write the tokenizer's files of the checkpoint it was loaded from.
     """
-    beside = None
-    if companions and model.source is not None:
-        beside = partial(_copy_companions, model.source)
-    _save(model, Path(path), max_shard_bytes, beside)
+    path = Path(path)
+    family = families.of(model.config)
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    config = families.write(model.config, dtype)
+
+    def fill(directory: Path) -> None:
+        _write_weights(_exported(model, family), directory, max_shard_bytes)
+        if companions and model.source is not None:
+            _copy_companions(model.source, directory)
+        write_json(directory / "config.json", config)
+
+    write_directory(path, fill)
 
 
 def convert_gguf(
@@ -122,37 +132,9 @@ def convert_gguf(
     The directory has config.json, model.safetensors, tokenizer.json, tokenizer_config.json (with
     the chat template) and generation_config.json, and opens in transformers.
     """
-    from fastlm.hf.gguf import GGUFFile
-
-    path = Path(gguf_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such .gguf file")
-    file = GGUFFile(path)
-    model = _load_gguf(file, dtype)
-    _save(model, Path(out_dir), MAX_SHARD_BYTES, file.write_companions)
+    model = load(gguf_path, dtype)
+    save(model, out_dir)
     return model
-
-
-def _load_gguf(file: GGUFFile, dtype: torch.dtype | str | None) -> Decoder:
-    model = build(file.config(), file, file.names(), dtype)
-    model.source = file.path
-    return model
-
-
-def _save(
-    model: Decoder, path: Path, max_shard_bytes: int, beside: Callable[[Path], None] | None
-) -> None:
-    family = families.of(model.config)
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    config = families.write(model.config, dtype)
-
-    def fill(directory: Path) -> None:
-        _write_weights(_exported(model, family), directory, max_shard_bytes)
-        if beside is not None:
-            beside(directory)
-        write_json(directory / "config.json", config)
-
-    write_directory(path, fill)
 
 
 def build(
@@ -349,11 +331,9 @@ def _write_weights(tensors: dict[str, Tensor], directory: Path, limit: int) -> N
     write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
-def _copy_companions(source: Path, directory: Path) -> None:
-    if source.is_file():
-        from fastlm.hf.gguf import GGUFFile
-
-        GGUFFile(source).write_companions(directory)
+def _copy_companions(source: Path | GGUFFile, directory: Path) -> None:
+    if not isinstance(source, Path):
+        source.write_companions(directory)
         return
     if not source.is_dir():
         raise FileNotFoundError(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from fastlm.models.cache import KVCache
 from fastlm.models.config import Config
 from fastlm.nn.attention import Attend
 from fastlm.nn.loss import next_token_loss
+
+if TYPE_CHECKING:
+    from fastlm.hf.gguf import GGUFFile
 
 Rope = tuple[Tensor, Tensor]
 
@@ -76,7 +79,7 @@ class Decoder(torch.nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.source: Path | None = None  # the checkpoint it was loaded from
+        self.source: Path | GGUFFile | None = None  # the checkpoint it was loaded from
         self.embed = _embedding(config.vocab, config.hidden)
         learned = config.positions == "learned"
         self.positions = _embedding(config.max_positions, config.hidden) if learned else None
