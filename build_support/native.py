@@ -204,7 +204,8 @@ def build(outdir: Path, ext_suffix: str, tmp: Path, *, only: str | None = None) 
 
     isas = list(ISA_FLAGS) if is_x86() else ["baseline"]
     flags = "-O3 -g0 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
-    flags += "-ffp-contract=fast -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized "
+    flags += "-ffp-contract=fast -Wall -Wextra -Wno-psabi "
+    flags += "-Wno-maybe-uninitialized -Wno-uninitialized "  # GCC 12 in its own AVX-512 headers
     flags += f"-I{ROOT / 'csrc'} -isystem {torch / 'include'} -DFASTLM_X86={int(is_x86())} "
     flags += f"-DTORCH_TARGET_VERSION={ABI_TARGET} -DTORCH_STABLE_ONLY"
     # Only the module sees what changes from one build environment to the next.

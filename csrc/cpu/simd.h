@@ -10,6 +10,7 @@
 //   less(a, b)           mask
 //   reduce_add, reduce_max   in a fixed order
 //   swap_neighbours(v)   lanes 1, 0, 3, 2, ...
+//   reduce_lanes(v[kLanes])  the sums of kLanes vectors as one vector
 //   VecH, load_pairs(p), dot2(acc, a, b)   2 kLanes bf16 values: acc[l] += a[2l]b[2l] +
 //   a[2l+1]b[2l+1] broadcast_pair(p)    the bf16 pair at p in every lane
 //

@@ -99,6 +99,20 @@ inline float reduce_max(VecF v) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
+// Lane l of the result sums v[l], l = 0 ... 7.
+inline VecF reduce_lanes(const VecF* v) {
+  VecF q[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const VecF a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];
+    const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b));
+    const __m256d cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d));
+    q[i] =
+        _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)) + _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+  }
+  return _mm256_permute2f128_ps(q[0], q[1], 0x20) + _mm256_permute2f128_ps(q[0], q[1], 0x31);
+}
+
 inline VecH load_pairs(const bf16* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }

@@ -75,6 +75,22 @@ inline VecF swap_neighbours(VecF v) { return _mm512_permute_ps(v, 0xb1); }
 inline float reduce_add(VecF v) { return _mm512_reduce_add_ps(v); }
 inline float reduce_max(VecF v) { return _mm512_reduce_max_ps(v); }
 
+// Lane l of the result sums v[l], l = 0 ... 15.
+inline VecF reduce_lanes(const VecF* v) {
+  VecF q[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const VecF a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];
+    const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+    const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+    q[i] =
+        _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+  }
+  const VecF low = _mm512_shuffle_f32x4(q[0], q[1], 0x88) + _mm512_shuffle_f32x4(q[0], q[1], 0xdd);
+  const VecF high = _mm512_shuffle_f32x4(q[2], q[3], 0x88) + _mm512_shuffle_f32x4(q[2], q[3], 0xdd);
+  return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
+}
+
 inline VecH load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }
 inline VecH load_pairs(const bf16* p, int n) {  // n values, n < 2 kLanes
   return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1u), p);

@@ -124,6 +124,15 @@ inline VecF swap_neighbours(VecF v) { return __builtin_shufflevector(v, v, 1, 0,
 inline float reduce_add(VecF v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline float reduce_max(VecF v) { return max_of(max_of(v[0], v[2]), max_of(v[1], v[3])); }
 
+// Lane l of the result sums v[l], l = 0 ... 3.
+inline VecF reduce_lanes(const VecF* v) {
+  const VecF ab = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5) +
+                  __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
+  const VecF cd = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5) +
+                  __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
 inline VecH load_pairs(const bf16* p) {
   VecH v;
   memcpy(&v, p, sizeof v);

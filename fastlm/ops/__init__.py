@@ -9,9 +9,10 @@ from fastlm.ops.feed_forward import feed_forward
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
-from fastlm.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
+from fastlm.ops.quantized_linear import quantize_weight, quantized_linear
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rope import rope
+from fastlm.reference import QuantizedWeight
 
 __all__ = [
     "QuantizedWeight",

@@ -1,0 +1,123 @@
+"""The matrix product on a CPU: fastlm's own kernel or PyTorch's library, whichever is faster here.
+
+Up to 16 rows the own kernel wins everywhere. Beyond, processors differ: MKL takes a generic path on
+AMD, Intel has tile units for bf16. So the first product of more rows measures both once (about
+30 ms, cached for the process and its thread count). FASTLM_BACKEND=cpu or torch leaves no choice.
+
+PyTorch also carries oneDNN's fp32 linear (torch.ops.mkldnn._linear_pointwise). It is not used: it
+adds up all of k in one chain, with 2 to 4 times the error of F.linear, which is over the budget,
+and the own kernel is as fast.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm import _ext
+from fastlm.ops._library import define
+
+FEW = 16  # rows up to which the weights' traffic decides, not the arithmetic
+SOME, MANY = 64, 256  # rows at which both are measured
+_SIDE = 512  # of the measured weight
+_ROUNDS, _BUDGET_S = 5, 0.05  # the second ends the measurement early on a loaded machine
+_MARGIN = 0.97  # the own kernel must be at least this much faster, so that noise decides less
+
+
+def _fake(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    if x.device != w.device:
+        raise ValueError("x and w must be on one device")
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+own = define("linear(Tensor x, Tensor w, Tensor? bias) -> Tensor", _fake)
+
+
+@dataclass(frozen=True)
+class Winners:
+    """Where fastlm's own kernel beats PyTorch's product, for one element type and thread count."""
+
+    some: bool  # 17 to 64 rows
+    many: bool  # more
+    grad_x: bool  # gradients of many rows
+    grad_w: bool
+    text: str
+
+
+_NONE = Winners(False, False, False, False, "not measured while compiling")
+
+
+def winners(dtype: torch.dtype) -> Winners:
+    """What was measured for this element type on the CPU."""
+    if torch.compiler.is_compiling():
+        return _NONE  # F.linear, which the compiler knows
+    if type(torch.empty(0)) is not Tensor:  # a mode that stands in for tensors is on
+        return _NONE
+    return _measure(dtype, torch.get_num_threads())
+
+
+def grad_x(grad: Tensor, w: Tensor) -> Tensor:
+    """grad w for grad [rows, N] and w [N, K]."""
+    if _own_gradients(grad) and winners(grad.dtype).grad_x:
+        return own(grad, w.t(), None)
+    return grad.mm(w)
+
+
+def grad_w(grad: Tensor, x: Tensor) -> Tensor:
+    """grad^T x for grad [rows, N] and x [rows, K]."""
+    if _own_gradients(grad) and winners(grad.dtype).grad_w:
+        return own(grad.t(), x.t(), None)
+    return grad.t().mm(x)
+
+
+def _own_gradients(grad: Tensor) -> bool:
+    return (
+        grad.is_cpu
+        and grad.shape[0] > SOME
+        and grad.dtype in (torch.float32, torch.bfloat16)
+        and not torch.is_grad_enabled()  # the own kernel has no second derivative
+    )
+
+
+@functools.cache
+def _measure(dtype: torch.dtype, threads: int) -> Winners:
+    if _ext.native is None:
+        return Winners(False, False, False, False, "no native kernels")
+    # ones, not random numbers: the user's random state stays as it is
+    w = torch.ones(_SIDE, _SIDE, dtype=dtype, device="cpu")
+    some, many = w[:SOME], w[:MANY]
+    grad = torch.ones_like(many)
+    calls: dict[tuple[str, str], Callable[[], Tensor]] = {
+        ("some", "own"): lambda: own(some, w, None),
+        ("some", "torch"): lambda: F.linear(some, w),
+        ("many", "own"): lambda: own(many, w, None),
+        ("many", "torch"): lambda: F.linear(many, w),
+        ("grad_x", "own"): lambda: own(grad, w.t(), None),
+        ("grad_x", "torch"): lambda: grad.mm(w),
+        ("grad_w", "own"): lambda: own(grad.t(), many.t(), None),
+        ("grad_w", "torch"): lambda: grad.t().mm(many),
+    }
+    with torch.no_grad():
+        for call in calls.values():  # first calls compile and allocate
+            call()
+        times = dict.fromkeys(calls, float("inf"))
+        end = time.perf_counter() + _BUDGET_S
+        for _ in range(_ROUNDS):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                times[name] = min(times[name], time.perf_counter() - start)
+            if time.perf_counter() > end:
+                break
+    won = {task: times[task, "own"] < _MARGIN * times[task, "torch"] for task, _ in calls}
+    text = f"measured once with {_SIDE}x{_SIDE} weights and {threads} threads"
+    for rows, task in ((SOME, "some"), (MANY, "many")):
+        mine, its = times[task, "own"] * 1e3, times[task, "torch"] * 1e3
+        text += f", {rows} rows: own {mine:.2f} ms, F.linear {its:.2f}"
+    return Winners(won["some"], won["many"], won["grad_x"], won["grad_w"], text)
