@@ -153,13 +153,15 @@ void panel_block(const T* x, int64_t ldx, int64_t rows, const T* w, int64_t ldw,
   }
 }
 
-// sums [rows, rows_w] = x [rows, k] w[rows_w, k]^T for rows <= kBlockX, rows_w <= kPanel.
+// sums [rows, rows_w] = x [rows, k] w[rows_w, k]^T for rows <= kBlockX, rows_w <= kPanel; rows of w
+// are ldw apart.
 template <class T>
-void panel_product(const T* x, int64_t rows, const T* w, int64_t rows_w, int64_t k, Sums* sums) {
+void panel_product(const T* x, int64_t rows, const T* w, int64_t ldw, int64_t rows_w, int64_t k,
+                   Sums* sums) {
   const int64_t block = rows <= kTileX ? k : 4096 / static_cast<int64_t>(sizeof(T));
   int64_t i = 0;
   do {
-    panel_block(x + i, k, rows, w + i, k, rows_w, min_of<int64_t>(block, k - i), sums->at, i > 0);
+    panel_block(x + i, k, rows, w + i, ldw, rows_w, min_of<int64_t>(block, k - i), sums->at, i > 0);
     i += block;
   } while (i < k);
 }

@@ -2,8 +2,9 @@
 // Computes   y = x w^T + bias
 // Algorithm  a panel of weight rows at a time against 64 rows of x (cpu/gemm.h), then the bias and
 //            the rounding; x is taken in blocks of half a megabyte that stay in L2 while all the
-//            panels pass by
-// Tile       panel of 48 weight rows x 64 rows of x; sums in 12 KiB on the stack
+//            panels pass by. A transposed weight is read along the outputs instead.
+// Tile       panel of 48 weight rows x 64 rows of x, sums in 12 KiB on the stack; transposed: 8
+//            weight rows x as many outputs as have room in 32 KiB
 // Traffic    reads w once per block of x, so once for few rows; x once; writes y
 // Numerics   fp32 sums, one rounding; same bits for any number of threads
 // Source     see cpu/gemm.h
@@ -20,10 +21,11 @@ void forward_panels(const LinearForward& a, int64_t begin, int64_t end) {
     const int64_t bottom = min_of<int64_t>(top + stay, a.rows);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = p * kPanel, rows_w = min_of<int64_t>(kPanel, a.out - first);
-      const T* w = static_cast<const T*>(a.w) + first * a.in;
+      const T* w = static_cast<const T*>(a.w) + first * a.w_stride_out;
       for (int64_t m = top; m < bottom; m += kBlockX) {
         const int64_t rows = min_of<int64_t>(kBlockX, bottom - m);
-        panel_product(static_cast<const T*>(a.x) + m * a.in, rows, w, rows_w, a.in, &sums);
+        panel_product(static_cast<const T*>(a.x) + m * a.in, rows, w, a.w_stride_out, rows_w, a.in,
+                      &sums);
         for (int64_t r = 0; r < rows; ++r) {
           T* y = static_cast<T*>(a.y) + (m + r) * a.out + first;
           each_vector(rows_w, [&](int64_t i, auto... n) {
@@ -36,9 +38,74 @@ void forward_panels(const LinearForward& a, int64_t begin, int64_t end) {
   }
 }
 
+// The weight lies transposed: eight of its rows at a time, each read along the outputs, against all
+// rows of x. Eight products are added up before they join the sum, which keeps its error small.
+constexpr int kDeep = 8;
+
+template <int kCount, class T>
+inline void add_outer(const float (*x)[kDeep], int64_t rows, const T* w, int64_t ldw, int64_t width,
+                      float* sums) {
+  each_vector(width, [&](int64_t i, auto... n) {
+    VecF weight[kCount];
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; ++j) {
+      weight[j] = load(w + j * ldw + i, n...);
+      __builtin_prefetch(w + (j + kDeep) * ldw + i, 0, 2);
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      VecF sum = set1(x[m][0]) * weight[0];
+#pragma GCC unroll 8
+      for (int j = 1; j < kCount; ++j) sum = fma(set1(x[m][j]), weight[j], sum);
+      store(sums + m * width + i, load(sums + m * width + i, n...) + sum, n...);
+    }
+  });
+}
+
+template <class T>
+void forward_columns(const LinearForward& a, int64_t begin, int64_t end) {
+  constexpr int64_t kSums = 8192;
+  alignas(64) float sums[kSums];
+  float x[kLinearFewRows][kDeep];
+  const T* bias = static_cast<const T*>(a.bias);
+  const int64_t last = min_of<int64_t>(end * kPanel, a.out);
+  const int64_t chunk = kSums / a.rows / kLanes * kLanes;
+  for (int64_t first = begin * kPanel; first < last; first += chunk) {
+    const int64_t width = min_of<int64_t>(chunk, last - first);
+    memset(sums, 0, sizeof(float) * static_cast<size_t>(a.rows * width));
+    for (int64_t k = 0; k < a.in; k += kDeep) {
+      const T* w = static_cast<const T*>(a.w) + k * a.w_stride_in + first;
+      const int64_t deep = min_of<int64_t>(kDeep, a.in - k);
+      for (int64_t m = 0; m < a.rows; ++m) {
+        const T* row = static_cast<const T*>(a.x) + m * a.in + k;
+        for (int64_t j = 0; j < deep; ++j) x[m][j] = ::fastlm::to_float(row[j]);
+      }
+      if (deep == kDeep) {
+        add_outer<kDeep>(x, a.rows, w, a.w_stride_in, width, sums);
+        continue;
+      }
+      for (int64_t j = 0; j < deep; ++j, w += a.w_stride_in) {
+        for (int64_t m = 0; m < a.rows; ++m) x[m][0] = x[m][j];
+        add_outer<1>(x, a.rows, w, a.w_stride_in, width, sums);
+      }
+    }
+    for (int64_t m = 0; m < a.rows; ++m) {
+      T* y = static_cast<T*>(a.y) + m * a.out + first;
+      each_vector(width, [&](int64_t i, auto... n) {
+        store(y + i, biased(sums + m * width, bias ? bias + first : nullptr, i, n...), n...);
+      });
+    }
+  }
+}
+
+template <class T>
+void forward_any(const LinearForward& a, int64_t begin, int64_t end) {
+  if (a.w_stride_in == 1) return forward_panels<T>(a, begin, end);
+  forward_columns<T>(a, begin, end);
+}
+
 void forward(const LinearForward& a, int64_t begin, int64_t end) {
-  if (a.dtype == DType::kFloat32) return forward_panels<float>(a, begin, end);
-  return forward_panels<bf16>(a, begin, end);
+  if (a.dtype == DType::kFloat32) return forward_any<float>(a, begin, end);
+  forward_any<bf16>(a, begin, end);
 }
 
 // Blocks of 16 x 16: both sides move in whole cache lines.

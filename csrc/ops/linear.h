@@ -4,6 +4,8 @@
 
 namespace fastlm {
 
+constexpr int64_t kLinearFewRows = 16;
+
 // y[r,:] = x[r,:] w^T + bias
 struct LinearForward {
   const void* x;     // [rows, in]
@@ -11,6 +13,7 @@ struct LinearForward {
   const void* bias;  // [out], or null
   void* y;           // [rows, out]
   int64_t rows, in, out;
+  int64_t w_stride_out, w_stride_in;  // the second is 1, or the first is, for a few rows
   DType dtype;
 };
 

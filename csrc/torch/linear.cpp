@@ -26,11 +26,13 @@ Tensor packed(const Tensor& t) {
 
 Tensor linear(const Tensor& x_, const Tensor& w_, const std::optional<Tensor>& bias_) {
   check_product(x_, w_, bias_);
-  const Tensor x = packed(x_), w = packed(w_);
+  const Tensor x = packed(x_);
   const auto bias = dense(bias_);
-  const int64_t in = w.size(1), out = w.size(0);
+  const int64_t in = w_.size(1), out = w_.size(0);
   Tensor y = empty_cpu_rows(x, out);
   const int64_t rows = out == 0 ? 0 : y.numel() / out;
+  const bool transposed = w_.stride(0) == 1 && rows <= kLinearFewRows;
+  const Tensor w = w_.stride(1) == 1 || transposed ? w_ : packed(w_);
   const LinearForward args{x.const_data_ptr(),
                            w.const_data_ptr(),
                            data_or_null(bias),
@@ -38,6 +40,8 @@ Tensor linear(const Tensor& x_, const Tensor& w_, const std::optional<Tensor>& b
                            rows,
                            in,
                            out,
+                           w.stride(0),
+                           w.stride(1),
                            dtype_of(x)};
   const LinearKernels& kernels = linear_kernels();
   parallel_panels(rows, in, out, kernels.panel, args.dtype,

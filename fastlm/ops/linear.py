@@ -18,15 +18,18 @@ from fastlm.ops._registry import Backend, choose, native, register
 _FEW, _SOME, _MANY = f"up to {FEW}", f"up to {SOME}", f"over {SOME}"
 
 
-def _cpu_slower(dtype: torch.dtype, *, rows: str) -> list[str]:
+def _cpu_slower(dtype: torch.dtype, *, rows: str, transposed: bool) -> list[str]:
     """Why PyTorch's library is the better choice for so many rows.
 
     F.linear's time over the own kernel's, weights from memory, [2048, 768], Zen 4 with AVX-512 and
     bf16, 2 threads, for 1 / 4 / 16 / 64 / 256 / 2048 rows: fp32 2.6 / 3.1 / 1.8 / 1.4 / 1.2 / 1.1,
-    bf16 1.8 / 2.3 / 1.6 / 1.15 / 1.0 / 0.93. Beyond 16 rows it is measured where it runs.
+    bf16 1.8 / 2.3 / 1.6 / 1.15 / 1.0 / 0.93; with the weight transposed, 1 / 4 / 16 rows: fp32
+    1.9 / 3.3 / 2.5, bf16 2.3 / 2.5 / 1.4. Beyond 16 rows it is measured where it runs.
     """
     if rows == _FEW:
         return []
+    if transposed:
+        return ["the weight lies transposed and would be copied for more than 16 rows"]
     won = winners(dtype)
     return [] if (won.some if rows == _SOME else won.many) else [won.text]
 
@@ -58,7 +61,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [..., K], any strides; fp32, bf16, fp16 or fp64.
-        w: [N, K], of x's dtype.
+        w: [N, K], of x's dtype; for speed a matrix with unit stride in either dimension.
         bias: [N], of x's dtype; None for zeros.
 
     Returns:
@@ -79,7 +82,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     try:
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             x, w, bias = autocast(x, w, bias)
-        backend = choose("linear", x, rows=_size_of(x))
+        backend = choose("linear", x, rows=_size_of(x), transposed=not w.is_contiguous())
         if backend == "cpu":  # the binding checks the shapes, for calls of a few microseconds
             return _Linear.apply(x, w, bias) if needs_grad(x, w, bias) else own(x, w, bias)
     except Exception:
