@@ -9,10 +9,13 @@
 //   below(i, n)          mask of the lanes i + lane < n; select(mask, a, b)
 //   less(a, b)           mask
 //   reduce_add, reduce_max   in a fixed order
+//   reduce_lanes(v[kLanes])  the sums of kLanes vectors as one vector
 //   swap_neighbours(v)   lanes 1, 0, 3, 2, ...
 //   reduce_lanes(v[kLanes])  the sums of kLanes vectors as one vector
 //   VecH, load_pairs(p), dot2(acc, a, b)   2 kLanes bf16 values: acc[l] += a[2l]b[2l] +
 //   a[2l+1]b[2l+1] broadcast_pair(p)    the bf16 pair at p in every lane
+//   zip(a, b, lo, hi)    pairs (a[i], b[i]) of bf16 values, in an order that suits the processor;
+//   unzip(lo, hi)        puts sums made from lo and hi back into the order of i, in place
 //
 // No include guard and no includes: target.cpp includes it once, inside the set's namespace.
 template <class T>

@@ -126,6 +126,15 @@ inline VecH broadcast_pair(const bf16* p) {
   memcpy(&pair, p, sizeof pair);
   return _mm256_set1_epi32(pair);
 }
+inline void zip(VecH a, VecH b, VecH& lo, VecH& hi) {
+  lo = _mm256_unpacklo_epi16(a, b);
+  hi = _mm256_unpackhi_epi16(a, b);
+}
+inline void unzip(VecF& lo, VecF& hi) {
+  const VecF a = lo, b = hi;
+  lo = _mm256_permute2f128_ps(a, b, 0x20);
+  hi = _mm256_permute2f128_ps(a, b, 0x31);
+}
 inline VecF dot2(VecF acc, VecH a, VecH b) {
   const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   acc = fma(_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),

@@ -100,6 +100,17 @@ inline VecH broadcast_pair(const bf16* p) {
   memcpy(&pair, p, sizeof pair);
   return _mm512_set1_epi32(pair);
 }
+inline void zip(VecH a, VecH b, VecH& lo, VecH& hi) {
+  lo = _mm512_unpacklo_epi16(a, b);
+  hi = _mm512_unpackhi_epi16(a, b);
+}
+inline void unzip(VecF& lo, VecF& hi) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const VecF a = lo, b = hi;
+  lo = _mm512_permutex2var_ps(a, first, b);
+  hi = _mm512_permutex2var_ps(a, second, b);
+}
 inline VecF dot2(VecF acc, VecH a, VecH b) {
 #if defined(__AVX512BF16__)
   return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);

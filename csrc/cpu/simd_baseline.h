@@ -148,6 +148,13 @@ inline VecH broadcast_pair(const bf16* p) {
   memcpy(&pair, p, sizeof pair);
   return VecH{pair, pair, pair, pair};
 }
+inline void zip(VecH a, VecH b, VecH& lo, VecH& hi) {
+  typedef uint16_t VecS __attribute__((vector_size(16)));
+  const VecS x = reinterpret_cast<VecS>(a), y = reinterpret_cast<VecS>(b);
+  lo = reinterpret_cast<VecH>(__builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11));
+  hi = reinterpret_cast<VecH>(__builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15));
+}
+inline void unzip(VecF&, VecF&) {}  // lo and hi are in order already
 inline VecF dot2(VecF acc, VecH a, VecH b) {
   acc = fma(as_float(a << 16), as_float(b << 16), acc);
   return fma(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u), acc);

@@ -7,9 +7,51 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._registry import choose, register
+from fastlm.ops._library import define, needs_grad
+from fastlm.ops._registry import Backend, choose, native, register
 
-register("decode_attention")
+_NATIVE = native(torch.float32, torch.bfloat16)
+_MAX_HEAD = 256
+
+
+def _cpu_unsupported(
+    dtype: torch.dtype, *, head: int, grad: bool, paged: bool, softcap: bool
+) -> list[str]:
+    reasons = _NATIVE(dtype)
+    if head > _MAX_HEAD:
+        reasons.append(f"takes heads of at most {_MAX_HEAD} elements, not {head}")
+    if grad:
+        reasons.append("has no gradient")
+    if paged:
+        reasons.append("has no paged cache (block_table)")
+    if softcap:
+        reasons.append("has no softcap")
+    return reasons
+
+
+register("decode_attention", Backend("cpu", ("cpu",), _cpu_unsupported))
+
+
+def _decode_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor | None,
+    length: int,
+    scale: float,
+    window: int,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    batch, heads, queries, _ = q.shape
+    return q.new_empty((batch, queries, heads, v_cache.shape[3])).transpose(1, 2)
+
+
+_decode = define(
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? lengths, SymInt length,"
+    " float scale, int window, Tensor? alibi_slopes, Tensor? sinks) -> Tensor",
+    _decode_fake,
+)
 
 
 def decode_attention(
@@ -46,47 +88,90 @@ def decode_attention(
         sinks: [Hq], the logit of one more key whose value is zero.
 
     Returns:
-        [B, Hq, Tq, Dv] of q's dtype.
+        [B, Hq, Tq, Dv] of q's dtype, a view of a [B, Tq, Hq, Dv] tensor where a kernel made it.
 
     Raises:
         ValueError: a shape, dtype, device or length that does not fit.
         TypeError: an argument of the wrong kind.
 
-    Scores and sums are fp32 with one rounding to q's dtype; the same input gives the same bits for
-    any number of threads. Differentiable through the reference.
+    Scores and sums are fp32; for bf16 the weights are rounded to bf16 before they meet v. The same
+    input gives the same bits for any number of threads, and a sequence the same bits alone as in a
+    batch. Differentiable through the reference.
     Source: Dao et al., "Flash-Decoding for long-context inference", 2023; arXiv:2205.14135.
 
     >>> q, k = torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 8, 4)
     >>> decode_attention(q, k, torch.ones(1, 1, 8, 4), 5)[0, 0]
     tensor([[1., 1., 1., 1.]])
     """
-    _check(q, k_cache, v_cache, lengths, block_table, window, softcap, alibi_slopes, sinks)
-    choose("decode_attention", q)
-    return reference.decode_attention(
+    if block_table is softcap is alibi_slopes is sinks is None:
+        _check(q, k_cache, v_cache, lengths)
+    else:
+        _check_each(q, k_cache, v_cache, lengths, block_table)
+        _check_options(q, softcap, alibi_slopes, sinks)
+    if window is not None and window < 1:
+        raise _checks.fail("decode_attention", "window", "1 or more", window)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
+    size = q.shape[3]
+    if scale is None:
+        scale = size**-0.5
+    backend = choose(
+        "decode_attention",
         q,
-        k_cache,
-        v_cache,
-        lengths,
-        block_table=block_table,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
+        head=max(size, v_cache.shape[3]),
+        grad=needs_grad(q, k_cache, v_cache, alibi_slopes, sinks),
+        paged=block_table is not None,
+        softcap=softcap is not None,
     )
+    if backend == "reference":
+        return reference.decode_attention(
+            q,
+            k_cache,
+            v_cache,
+            lengths,
+            block_table=block_table,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+        )
+    many, one = (lengths, 0) if isinstance(lengths, Tensor) else (None, lengths)
+    slopes = None if alibi_slopes is None else alibi_slopes.float()
+    logits = None if sinks is None else sinks.float()
+    return _decode(q, k_cache, v_cache, many, one, scale, window or 0, slopes, logits)
 
 
-def _check(
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | int) -> None:
+    """Settles the usual case, a contiguous cache and no options, by a few comparisons."""
+    if isinstance(q, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor):
+        a, b, c = q.shape, k_cache.shape, v_cache.shape
+        if (
+            len(a) == len(b) == len(c) == 4
+            and a[0] == b[0] == c[0]
+            and b[1] == c[1] > 0
+            and a[1] % b[1] == 0
+            and b[2] == c[2]
+            and a[3] == b[3] > 0
+            and type(lengths) is int
+            and 0 <= lengths <= b[2]
+            and q.dtype == k_cache.dtype == v_cache.dtype
+            and q.dtype in _checks.FLOATS
+            and q.device == k_cache.device == v_cache.device
+        ):
+            return
+    _check_each(q, k_cache, v_cache, lengths, None)
+
+
+def _check_each(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor | int,
     block_table: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
 ) -> None:
+    """Checks one argument after another, to name the one that is wrong."""
     op = "decode_attention"
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _checks.floating(op, name, x)
@@ -96,10 +181,14 @@ def _check(
     batch, heads, _, size = q.shape
     kv_heads, keys = k_cache.shape[1:3]
     rows = batch if block_table is None else k_cache.shape[0]
+    if size == 0:
+        raise _checks.fail(op, "q", "of a head size of 1 or more", list(q.shape))
     _checks.shape(op, "k_cache", k_cache, (rows, kv_heads, keys, size))
     _checks.shape(op, "v_cache", v_cache, (rows, kv_heads, keys, v_cache.shape[3]))
-    if heads % max(kv_heads, 1) or (kv_heads == 0 and heads):
-        raise _checks.fail(op, "q", f"a multiple of {kv_heads} heads", heads)
+    if kv_heads == 0 or heads % kv_heads:
+        raise _checks.fail(
+            op, "k_cache", f"of a head count that divides {heads}", f"{kv_heads} heads"
+        )
     if block_table is not None:
         _integers(op, "block_table", block_table, q)
         _checks.rank(op, "block_table", block_table, 2)
@@ -108,15 +197,20 @@ def _check(
     if isinstance(lengths, Tensor):
         _integers(op, "lengths", lengths, q)
         _checks.shape(op, "lengths", lengths, (batch,))
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        if lengths.is_cpu and not torch.compiler.is_compiling():  # else only the device knows
             for length in lengths.tolist():
                 _in_cache(op, length, keys)
     elif isinstance(lengths, bool) or not isinstance(lengths, (int, torch.SymInt)):
         raise TypeError(f"{op}: lengths must be a tensor or an int, got {type(lengths).__name__}")
     else:
         _in_cache(op, lengths, keys)
-    if window is not None:
-        _checks.positive(op, "window", window)
+
+
+def _check_options(
+    q: Tensor, softcap: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None
+) -> None:
+    op = "decode_attention"
+    batch, heads = q.shape[:2]
     if softcap is not None:
         _checks.positive(op, "softcap", softcap)
     if alibi_slopes is not None:

@@ -19,12 +19,15 @@ def decode_attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v over the first lengths[b] keys, query i at lengths[b] - Tq + i."""
+    """softmax(scale q k^T) v over the first lengths[b] keys, query i at lengths[b] - Tq + i.
+
+    Computed one precision up: half precision in fp32, fp32 in fp64.
+    """
     if block_table is not None:
         k_cache, v_cache = (_gather(cache, block_table) for cache in (k_cache, v_cache))
     batch, heads, queries, size = q.shape
     kv_heads, keys = k_cache.shape[1:3]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
     if not isinstance(lengths, Tensor):
         lengths = torch.full((batch,), lengths, device=q.device)
 
@@ -39,9 +42,10 @@ def decode_attention(
     if window is not None:
         visible &= ahead > -window
 
-    grouped = q.to(wide).unflatten(1, (kv_heads, -1))  # [B, Hkv, G, Tq, D]
-    scores = grouped @ k.unsqueeze(2).transpose(-1, -2) * (size**-0.5 if scale is None else scale)
-    scores = scores.flatten(1, 2)  # [B, Hq, Tq, S]
+    # The queries that share a key's head are rows of one product: [B, Hkv, Hq / Hkv * Tq, D].
+    rows = q.to(wide).reshape(batch, kv_heads, heads // kv_heads * queries, size)
+    scores = rows @ k.transpose(-1, -2) * (size**-0.5 if scale is None else scale)
+    scores = scores.view(batch, heads, queries, keys)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
@@ -52,8 +56,8 @@ def decode_attention(
         scores = torch.cat((scores, column), -1)
     seen = (scores > -torch.inf).any(-1, keepdim=True)
     weights = torch.softmax(torch.where(seen, scores, 0.0), -1)
-    weights = torch.where(seen, weights, 0.0)[..., :keys].unflatten(1, (kv_heads, -1))
-    return (weights @ v.unsqueeze(2)).flatten(1, 2).to(q.dtype)
+    weights = torch.where(seen, weights, 0.0)[..., :keys].reshape(*rows.shape[:3], keys)
+    return (weights @ v).view(batch, heads, queries, v.shape[3]).to(q.dtype)
 
 
 def _gather(cache: Tensor, block_table: Tensor) -> Tensor:

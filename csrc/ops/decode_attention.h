@@ -1,0 +1,44 @@
+// Contract of decode_attention: what a kernel is given, on any device.
+#pragma once
+#include "common/dtype.h"
+
+namespace fastlm {
+
+// out[b,h,i] = sum over the keys j that query i sees of softmax(scale q[b,h,i] . k[b,g,j]) v[b,g,j]
+// with g = h / (heads / kv_heads) and query i at position lengths[b] - queries + i.
+//
+// A task is a piece of one key-value head of one sequence. The tasks of sequence b are
+// first_task[b] ... first_task[b + 1]; all its heads are cut alike, into
+// (first_task[b + 1] - first_task[b]) / kv_heads pieces of its keys from first_key[b] on.
+struct DecodeAttentionArgs {
+  const void* q;  // [batch, heads, queries, head_dim], strides in elements, the last one 1
+  const void* k;  // [batch, kv_heads, keys, head_dim]
+  const void* v;  // [batch, kv_heads, keys, value_dim]
+  void* out;      // [batch, heads, queries, value_dim]
+  int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
+  int64_t out_batch, out_head, out_row;
+  int64_t batch, heads, kv_heads, queries, head_dim, value_dim;
+  const int64_t* lengths;     // [batch] keys of each sequence, the new ones included
+  const int64_t* first_key;   // [batch] the first key that any query sees
+  const int64_t* first_task;  // [batch + 1]
+  int64_t window;             // 0 for all keys
+  float scale;
+  const float* slopes;  // [heads] per sequence, or null
+  int64_t slopes_batch;
+  const float* sinks;  // [heads], or null
+  // [tasks, heads / kv_heads * queries, value_dim + 2]: unscaled sum, maximum and sum of weights
+  // of each task of a sequence in several pieces; null where no sequence is.
+  float* partial;
+  DType dtype;
+};
+
+constexpr int64_t kDecodeMaxHead = 256;   // largest head_dim and value_dim
+constexpr int64_t kDecodeMaxPiece = 512;  // keys of one task
+
+struct DecodeAttentionKernels {
+  void (*attend)(const DecodeAttentionArgs&, int64_t task_begin, int64_t task_end);
+  // Joins the pieces of the rows [begin, end) of batch x heads x queries.
+  void (*combine)(const DecodeAttentionArgs&, int64_t begin, int64_t end);
+};
+
+}  // namespace fastlm

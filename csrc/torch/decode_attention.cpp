@@ -1,0 +1,119 @@
+// Binding of decode_attention: cuts the keys into tasks, splits them over threads, registers the
+// CPU kernels.
+#include "ops/decode_attention.h"
+
+#include <vector>
+
+#include "torch/alloc.h"
+#include "cpu/isa.h"
+
+FASTLM_KERNEL_TABLE(DecodeAttentionKernels, decode_attention)
+
+namespace fastlm {
+namespace {
+
+Tensor unit_stride(const Tensor& t) {
+  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Into how many pieces each head's keys are cut: about 64 tasks for a sequence, of at least 128
+// keys. A function of the sequence alone, so that its result does not depend on its neighbours.
+int64_t pieces_of(int64_t keys, int64_t kv_heads) {
+  const int64_t wanted = std::max(divide_up(64, kv_heads), divide_up(keys, kDecodeMaxPiece));
+  return std::max<int64_t>(1, std::min(divide_up(keys, 128), wanted));
+}
+
+Tensor decode_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                        const std::optional<Tensor>& lengths_, int64_t length, double scale,
+                        int64_t window, const std::optional<Tensor>& slopes_,
+                        const std::optional<Tensor>& sinks_) {
+  const Tensor q = unit_stride(q_), k = unit_stride(k_), v = unit_stride(v_);
+  const auto lengths = dense(lengths_), slopes = dense(slopes_), sinks = dense(sinks_);
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
+  const int64_t kv_heads = k.size(1), value_dim = v.size(3);
+  STD_TORCH_CHECK(q.size(3) <= kDecodeMaxHead && value_dim <= kDecodeMaxHead,
+                  "decode_attention: head size out of range");
+
+  // The result lies as [B, Tq, Hq, Dv], so that joining the heads afterwards moves nothing.
+  const int64_t sizes[] = {batch, heads, queries, value_dim};
+  const int64_t row = std::max<int64_t>(heads * value_dim, 1);
+  const int64_t strides[] = {std::max<int64_t>(queries, 1) * row, std::max<int64_t>(value_dim, 1),
+                             row, 1};
+  Tensor out = empty_strided(sizes, strides, 4, q.scalar_type(), aoti_torch_device_type_cpu(), 0);
+  if (out.numel() == 0) return out;
+
+  std::vector<int64_t> plan(static_cast<size_t>(3 * batch + 1));
+  int64_t *length_of = plan.data(), *first_key = length_of + batch, *first_task = first_key + batch;
+  const void* given = data_or_null(lengths);
+  const bool wide = lengths && lengths->scalar_type() == ScalarType::Long;
+  bool cut = false;
+  int64_t keys = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    length_of[b] = given == nullptr ? length
+                   : wide           ? static_cast<const int64_t*>(given)[b]
+                                    : static_cast<const int32_t*>(given)[b];
+    STD_TORCH_CHECK(length_of[b] >= 0 && length_of[b] <= k.size(2),
+                    "decode_attention: lengths must be between 0 and ", k.size(2),
+                    ", the cache's size, got ", length_of[b]);
+    first_key[b] = window > 0 ? std::max<int64_t>(0, length_of[b] - queries - window + 1) : 0;
+    const int64_t pieces = pieces_of(length_of[b] - first_key[b], kv_heads);
+    first_task[b + 1] = first_task[b] + kv_heads * pieces;
+    keys += length_of[b] - first_key[b];
+    cut = cut || pieces > 1;
+  }
+  const int64_t tasks = first_task[batch], rows = heads / kv_heads * queries;
+  Tensor partial = empty_cpu({cut ? tasks : 0, rows, value_dim + 2}, ScalarType::Float);
+  const DecodeAttentionArgs args{q.const_data_ptr(),
+                                 k.const_data_ptr(),
+                                 v.const_data_ptr(),
+                                 out.mutable_data_ptr(),
+                                 q.stride(0),
+                                 q.stride(1),
+                                 q.stride(2),
+                                 k.stride(0),
+                                 k.stride(1),
+                                 k.stride(2),
+                                 v.stride(0),
+                                 v.stride(1),
+                                 v.stride(2),
+                                 strides[0],
+                                 strides[1],
+                                 strides[2],
+                                 batch,
+                                 heads,
+                                 kv_heads,
+                                 queries,
+                                 q.size(3),
+                                 value_dim,
+                                 length_of,
+                                 first_key,
+                                 first_task,
+                                 window,
+                                 static_cast<float>(scale),
+                                 static_cast<const float*>(data_or_null(slopes)),
+                                 slopes && slopes->dim() == 2 ? heads : 0,
+                                 static_cast<const float*>(data_or_null(sinks)),
+                                 static_cast<float*>(partial.mutable_data_ptr()),
+                                 dtype_of(q)};
+  // Rows that share a key's data make a task longer than its traffic tells.
+  const int64_t width = (q.size(3) + value_dim) * (args.dtype == DType::kFloat32 ? 4 : 2);
+  const int64_t bytes = keys * kv_heads * width / tasks * (1 + rows / 4);
+  const auto& kernels = decode_attention_kernels();
+  parallel_rows(tasks, bytes,
+                [&](int64_t begin, int64_t end) { kernels.attend(args, begin, end); });
+  if (cut) {
+    parallel_rows(batch * heads * queries, tasks / (batch * kv_heads) * value_dim * 4,
+                  [&](int64_t begin, int64_t end) { kernels.combine(args, begin, end); });
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+}
+
+}  // namespace fastlm
