@@ -11,14 +11,22 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.hf import _probe
-from fastlm.hf._modules import ACTIVATIONS, Candidate, Match, Note, is_plain, kind_of_activation
+from fastlm.hf._modules import (
+    ACTIVATIONS,
+    Candidate,
+    Match,
+    Note,
+    is_conv1d,
+    is_plain,
+    kind_of_activation,
+)
 
 
 def match_feed_forward(module: nn.Module, device: torch.device) -> Match:
     """Two or three linear maps around an activation."""
     children = dict(module.named_children())
     linears = {n: m for n, m in children.items() if isinstance(m, nn.Linear)}
-    conv = [n for n, m in children.items() if type(m).__name__ == "Conv1D"]
+    conv = [n for n, m in children.items() if is_conv1d(m)]
     dropouts = [n for n, m in children.items() if isinstance(m, (nn.Dropout, nn.Identity))]
     others = [n for n in children if n not in (*linears, *conv, *dropouts)]
     if len(linears) + len(conv) not in (2, 3) or len(others) > 1:
@@ -33,7 +41,7 @@ def match_feed_forward(module: nn.Module, device: torch.device) -> Match:
     if len(functions) != 1:
         return None
     if conv:
-        return Note("its weights are stored [in, out]: its parts are replaced one by one")
+        return Note("its weights are stored [in, out]: only its activation is replaced")
     if not all(is_plain(m) for m in linears.values()):
         return "its linear maps are of a special kind or have hooks"
     kind = kind_of_activation(functions[0], device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,29 +51,24 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     return type(self).forward(self, input)  # sharded, quantised, parametrised
 
 
-def conv1d_forward(self: Any, x: Tensor) -> Tensor:
-    """The forward of a patched transformers Conv1D, whose weight is [in, out]."""
-    return ops.linear(x, self.weight.t(), self.bias)
-
-
 def match_linear(module: nn.Module) -> Match:
-    """nn.Linear, and the transposed one of GPT-2."""
-    if type(module) is nn.Linear:
-        forward: Callable[..., Any] = linear_forward
-        width = module.in_features
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        forward = conv1d_forward
-        width = len(cast(Tensor, module.weight))
-    elif isinstance(module, nn.Linear):
-        return "a subclass of nn.Linear"
-    else:
-        return None
+    """nn.Linear; GPT-2's Conv1D holds its weight the other way round and is named."""
+    if is_conv1d(module):
+        # The kernels would have to turn it round at every call. A turned copy beside it would go
+        # stale unseen when someone writes through `weight.data`, as merging a LoRA does.
+        return Note("its weight is stored [in, out]: PyTorch's product takes it as it lies")
+    if type(module) is not nn.Linear:
+        return "a subclass of nn.Linear" if isinstance(module, nn.Linear) else None
     weight = module.weight
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return "its weight is no plain floating-point parameter"
-    return Candidate(
-        ("linear",), "linear", forward, [((_probe.random((3, width), 0, weight),), {})]
-    )
+    x = _probe.random((3, module.in_features), 0, weight)
+    return Candidate(("linear",), "linear", linear_forward, [((x,), {})])
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is the linear map that GPT-2 is made of."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -76,7 +76,7 @@ class Patch:
         for title, entries in (
             ("", replaced),
             ("replaced by an earlier patch:", already),
-            ("by parts:", noted),
+            ("left to PyTorch:", noted),
             ("left alone:", kept),
         ):
             if entries and title:
