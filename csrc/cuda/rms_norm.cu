@@ -47,6 +47,18 @@ __device__ inline void for_vectors(int64_t cols, F&& f) {
   }
 }
 
+// 1 / sqrt(squares / cols + eps), rounded once: the hardware's guess (2 ulp) and a Newton step with
+// what the divisions and sums before it lost.
+__device__ inline float rstd_of(float squares, int64_t cols, float eps) {
+  const float n = static_cast<float>(cols);
+  const float mean = squares / n, v = mean + eps;
+  const float lost = fmaf(-mean, n, squares) / n + (eps - (v - mean));
+  const float guess = rsqrtf(v);
+  const float root = v * guess, root_lost = fmaf(v, guess, -root) + lost * guess;
+  const float step = 0.5f * guess * (fmaf(-root, guess, 1.0f) - root_lost * guess);
+  return fabsf(step) < guess ? guess + step : guess;  // v = 0 and infinity keep the guess
+}
+
 // (w + offset) of the columns at i; ones without a weight.
 template <class W, int N>
 __device__ inline void load_scale(const void* weight, float offset, int64_t i, float (&scale)[N]) {
@@ -83,7 +95,7 @@ __global__ void __launch_bounds__(L::kBlock) forward_kernel(const RmsNormForward
     for (int k = 0; k < kVec; ++k) squares[0] = fmaf(s[j][k], s[j][k], squares[0]);
   });
   sum_over<L::kThreads>(squares, shared);
-  const float rstd = rsqrtf(squares[0] / static_cast<float>(a.cols) + a.eps);
+  const float rstd = rstd_of(squares[0], a.cols, a.eps);
 
   const T* again = residual != nullptr ? summed : x;
   for_vectors<L>(cols, [&](int j, int64_t i) {
@@ -133,7 +145,7 @@ __global__ void __launch_bounds__(L::kBlock, 512 / L::kBlock)
       }
     });
     sum_over<L::kThreads>(totals, shared);
-    const float rstd = rsqrtf(totals[0] / static_cast<float>(a.cols) + a.eps);
+    const float rstd = rstd_of(totals[0], a.cols, a.eps);
     const float slope = rstd * rstd * totals[1] / static_cast<float>(a.cols);
 
     for_vectors<L>(cols, [&](int j, int64_t i) {
