@@ -11,42 +11,6 @@ inline VecF set1(float x) { return VecF{x, x, x, x}; }
 inline VecF as_float(VecU bits) { return reinterpret_cast<VecF>(bits); }
 inline VecU as_bits(VecF v) { return reinterpret_cast<VecU>(v); }
 
-inline float to_float(fp16 x) {  // exact, denormals included
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  uint32_t bits = rest + 0x38000000u;
-  float value;
-  if (rest >= 0x0f800000u) bits = rest | 0x7f800000u;  // infinity, NaN
-  memcpy(&value, &bits, sizeof value);
-  if (rest < 0x00800000u) value = static_cast<float>(x.bits & 0x7fffu) * 0x1p-24f;
-  memcpy(&bits, &value, sizeof bits);
-  bits |= sign;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-inline void from_float(float x, fp16* out) {  // to nearest even
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000u;
-  bits &= 0x7fffffffu;
-  uint32_t half;
-  if (bits > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (bits >= 0x477ff000u) {
-    half = 0x7c00u;
-  } else if (bits < 0x38800000u) {
-    float magnitude;
-    memcpy(&magnitude, &bits, sizeof magnitude);
-    magnitude += 0.5f;  // lines the denormal's last bit up with the float's
-    uint32_t shifted;
-    memcpy(&shifted, &magnitude, sizeof shifted);
-    half = shifted - 0x3f000000u;
-  } else {
-    half = (bits + 0xfffu + (bits >> 13 & 1) - 0x38000000u) >> 13;
-  }
-  out->bits = static_cast<uint16_t>(half | sign);
-}
-
 inline VecF load(const float* p) {
   VecF v;
   memcpy(&v, p, sizeof v);

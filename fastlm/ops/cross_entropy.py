@@ -2,16 +2,70 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._registry import choose, register
+from fastlm.ops._library import define, needs_grad
+from fastlm.ops._registry import Backend, choose, native, register
 
 REDUCTIONS = ("none", "mean", "sum")
 
-register("cross_entropy")
+_NATIVE = native(torch.float32, torch.bfloat16)
+
+
+def _cpu_unsupported(dtype: torch.dtype, *, softcap: bool) -> list[str]:
+    return _NATIVE(dtype) + (["has no softcap"] if softcap else [])
+
+
+register("cross_entropy", Backend("cpu", ("cpu",), _cpu_unsupported))
+
+
+def _forward_fake(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    reduction: int,
+) -> tuple[Tensor, Tensor]:
+    rows = target.numel()
+    shape = (rows,) if REDUCTIONS[reduction] == "none" else ()
+    new = logits.new_empty
+    return new(shape, dtype=torch.float32), new((2 * rows + 1,), dtype=torch.float32)
+
+
+_forward = define(
+    "cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight,"
+    " int ignore_index, float smoothing, float z_loss, int reduction) -> (Tensor, Tensor)",
+    _forward_fake,
+)
+_backward = define(
+    "cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor? weight,"
+    " Tensor? token_weight, Tensor state, int ignore_index, float smoothing,"
+    " float z_loss) -> Tensor",
+    lambda grad, logits, *others: torch.empty_like(logits, memory_format=torch.contiguous_format),
+)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, *args: Any) -> Tensor:
+        weight, token_weight, ignore_index, smoothing, z_loss, _ = args
+        loss, state = _forward(logits, target, *args)
+        ctx.save_for_backward(logits, target, weight, token_weight, state)
+        ctx.options = ignore_index, smoothing, z_loss
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dlogits = _backward(grad, *ctx.saved_tensors, *ctx.options)
+        return dlogits, None, None, None, None, None, None, None
 
 
 def cross_entropy(
@@ -66,21 +120,66 @@ def cross_entropy(
     check_options("cross_entropy", label_smoothing, softcap, reduction)
     if weight is not None:
         check_class_weight("cross_entropy", "weight", weight, logits.shape[-1], logits)
-    choose("cross_entropy", logits)
-    return reference.cross_entropy(
-        logits,
-        target,
-        weight=weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        token_weight=token_weight,
-        reduction=reduction,
-    )
+    if choose("cross_entropy", logits, softcap=softcap is not None) == "reference":
+        _check_targets(target, logits.shape[-1], ignore_index)
+        return reference.cross_entropy(
+            logits,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            token_weight=token_weight,
+            reduction=reduction,
+        )
+    if weight is not None:
+        weight = weight.float()
+    if token_weight is not None:
+        token_weight = token_weight.float()
+    args = weight, token_weight, ignore_index, label_smoothing, z_loss, REDUCTIONS.index(reduction)
+    try:
+        if needs_grad(logits):
+            loss = _CrossEntropy.apply(logits, target, *args)
+        else:
+            loss = _forward(logits, target, *args)[0]
+    except RuntimeError as error:
+        raise _target_error(error) from None
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+    """What the kernel checks by itself; on a GPU it would have to wait for the values."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if wrong.any():
+        position = int(wrong.reshape(-1).nonzero()[0])
+        got = f"{int(target.reshape(-1)[position])} at position {position}"
+        expected = f"in [0, {classes}) or ignore_index {ignore_index}"
+        raise IndexError(f"cross_entropy: target must be {expected}, got {got}")
+
+
+def _target_error(error: RuntimeError) -> Exception:
+    """The kernel reads every target before it writes anything; its complaint, as an IndexError."""
+    text = str(error)
+    found = text.find("cross_entropy: target must be")
+    return IndexError(text[found:]) if found >= 0 else error
 
 
 def _check(op: str, logits: Tensor, target: Tensor, token_weight: Tensor | None) -> None:
+    if (
+        isinstance(logits, Tensor)
+        and isinstance(target, Tensor)
+        and logits.dtype in _checks.FLOATS
+        and target.dtype == torch.int64
+        and logits.dim() > 0
+        and target.shape == logits.shape[:-1]
+        and logits.shape[-1] > 0
+        and target.device == logits.device
+        and token_weight is None
+    ):
+        return
     _checks.floating(op, "logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise _checks.fail(op, "logits", "[..., V] with V > 0", list(logits.shape))
