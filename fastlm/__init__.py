@@ -7,12 +7,17 @@ first use.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastlm import ops
 from fastlm._version import __version__
 from fastlm.explain import explain
 from fastlm.info import info
+
+if TYPE_CHECKING:
+    from fastlm import hf, models, nn
+    from fastlm.hf.patch import Patch, patch
+    from fastlm.hf.verify import verify
 
 _MODULES = ("hf", "models", "nn")
 _FUNCTIONS = {"Patch": "fastlm.hf", "patch": "fastlm.hf", "verify": "fastlm.hf"}

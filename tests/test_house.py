@@ -185,6 +185,12 @@ def test_import_stays_light():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_lazy_names_resolve():
+    for name in fastlm.__all__:
+        assert getattr(fastlm, name) is not None
+    assert set(fastlm.__all__) <= set(dir(fastlm))
+
+
 # ---- objects -----------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastlm
 from fastlm import _ext, ops, reference
@@ -19,43 +20,66 @@ ALL = ("baseline", "avx2", "avx512", "avx512bf16")
 SUPPORTED = _ext.native.supported_isas() if _ext.native else []
 
 
-def cases(dtype):
-    """name -> (function of a namespace of operators, inputs): ragged widths, a few rows."""
+TARGET = torch.arange(5)
+ANGLES = torch.linspace(-3, 3, 100).view(5, 20)
+SEEN = torch.ones(19, 37, dtype=torch.bool).tril(37 - 19)
 
-    def randn(*shape):
-        return torch.randn(shape, dtype=dtype)
 
-    angles = torch.randn(5, 20)
-    return {
-        "rms_norm": (lambda o, *a: o.rms_norm(*a), [randn(5, 77), randn(77)]),
-        "layer_norm": (lambda o, *a: o.layer_norm(*a), [randn(5, 77), randn(77), randn(77)]),
-        "rope": (
-            lambda o, q, k: o.rope(q, k, angles.cos().to(q), angles.sin().to(q)),
-            [randn(2, 3, 5, 40), randn(2, 1, 5, 40)],
-        ),
-        "activation": (lambda o, x: o.activation(x, "gelu"), [randn(5, 77)]),
-        "gated_activation": (
-            lambda o, *a: o.gated_activation(*a, "silu"),
-            [randn(5, 77), randn(5, 77)],
-        ),
-        "attention": (
-            lambda o, *a: o.attention(*a, causal=True),
-            [randn(1, 2, 19, 40), randn(1, 1, 37, 40), randn(1, 1, 37, 40)],
-        ),
-        "linear": (lambda o, *a: o.linear(*a), [randn(3, 77), randn(45, 77), randn(45)]),
-        "feed_forward": (
-            lambda o, *a: o.feed_forward(*a, activation="gelu_tanh"),
-            [randn(3, 40), randn(77, 40), randn(40, 77)],
-        ),
-        "cross_entropy": (
-            lambda o, x: o.cross_entropy(x, torch.arange(5)),
-            [randn(5, 77)],
-        ),
-        "decode_attention": (
-            lambda o, *a: o.decode_attention(*a, torch.tensor([50, 33])),
-            [randn(2, 2, 1, 40), randn(2, 2, 50, 40), randn(2, 2, 50, 40)],
-        ),
-    }
+def rotate(x):
+    cos, sin = ANGLES.cos().to(x), ANGLES.sin().to(x)
+    left, right = x.chunk(2, -1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+
+
+def sdpa(q, k, v, **options):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
+
+
+# name -> (ours or the reference's, PyTorch's own, shapes of the inputs): ragged widths, few rows
+CASES = {
+    "rms_norm": (
+        lambda o, *a: o.rms_norm(*a),
+        lambda x, w: F.rms_norm(x, w.shape, w, 1e-6),
+        [(5, 77), (77,)],
+    ),
+    "layer_norm": (
+        lambda o, *a: o.layer_norm(*a),
+        lambda x, w, b: F.layer_norm(x, w.shape, w, b),
+        [(5, 77), (77,), (77,)],
+    ),
+    "rope": (
+        lambda o, q, k: o.rope(q, k, ANGLES.cos().to(q), ANGLES.sin().to(q)),
+        lambda q, k: (rotate(q), rotate(k)),
+        [(2, 3, 5, 40), (2, 1, 5, 40)],
+    ),
+    "activation": (lambda o, x: o.activation(x, "gelu"), F.gelu, [(5, 77)]),
+    "gated_activation": (
+        lambda o, *a: o.gated_activation(*a, "silu"),
+        lambda gate, up: F.silu(gate) * up,
+        [(5, 77), (5, 77)],
+    ),
+    "attention": (
+        lambda o, *a: o.attention(*a, causal=True),
+        lambda *a: sdpa(*a, attn_mask=SEEN),
+        [(1, 2, 19, 40), (1, 1, 37, 40), (1, 1, 37, 40)],
+    ),
+    "decode_attention": (
+        lambda o, *a: o.decode_attention(*a, 45),
+        lambda q, k, v: sdpa(q, k[:, :, :45], v[:, :, :45]),
+        [(2, 4, 1, 40), (2, 2, 50, 40), (2, 2, 50, 40)],
+    ),
+    "linear": (lambda o, *a: o.linear(*a), F.linear, [(3, 77), (45, 77), (45,)]),
+    "feed_forward": (
+        lambda o, *a: o.feed_forward(*a, activation="gelu_tanh"),
+        lambda x, up, down: F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down),
+        [(3, 40), (77, 40), (40, 77)],
+    ),
+    "cross_entropy": (
+        lambda o, x: o.cross_entropy(x, TARGET),
+        lambda x: F.cross_entropy(x, TARGET),
+        [(5, 77)],
+    ),
+}
 
 
 def self_check(isa: str) -> None:
@@ -63,13 +87,13 @@ def self_check(isa: str) -> None:
     assert _ext.native.cpu_isa() == isa
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
-        for name, (call, inputs) in cases(dtype).items():
+        for name, (call, baseline, shapes) in CASES.items():
             try:
                 check(
                     lambda *a, call=call: call(ops, *a),
+                    baseline,
                     lambda *a, call=call: call(reference, *a),
-                    lambda *a, call=call: call(reference, *a),
-                    inputs,
+                    [torch.randn(shape, dtype=dtype) for shape in shapes],
                     gradients=name != "decode_attention",
                 )
             except AssertionError as error:
