@@ -41,7 +41,7 @@ def match_feed_forward(module: nn.Module, device: torch.device) -> Match:
     if len(functions) != 1:
         return None
     if conv:
-        return Note("its weights are stored [in, out]: only its activation is replaced")
+        return Note("its weights are stored [in, out]: its parts are replaced one by one")
     if not all(is_plain(m) for m in linears.values()):
         return "its linear maps are of a special kind or have hooks"
     kind = kind_of_activation(functions[0], device)

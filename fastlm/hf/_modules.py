@@ -51,19 +51,29 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     return type(self).forward(self, input)  # sharded, quantised, parametrised
 
 
+def conv1d_forward(self: nn.Module, x: Tensor) -> Tensor:
+    """The forward of a patched transformers Conv1D: the kernel takes the weight as it lies."""
+    tensors = self._parameters
+    w = tensors.get("weight")
+    if type(w) is nn.Parameter or type(w) is Tensor:
+        return ops.linear(x, w.t(), tensors["bias"])
+    return type(self).forward(self, x)
+
+
 def match_linear(module: nn.Module) -> Match:
-    """nn.Linear; GPT-2's Conv1D holds its weight the other way round and is named."""
+    """nn.Linear, and the map of GPT-2, whose weight is [in, out]."""
+    weight = getattr(module, "weight", None)
     if is_conv1d(module):
-        # The kernels would have to turn it round at every call. A turned copy beside it would go
-        # stale unseen when someone writes through `weight.data`, as merging a LoRA does.
-        return Note("its weight is stored [in, out]: PyTorch's product takes it as it lies")
-    if type(module) is not nn.Linear:
+        forward: Callable[..., Any] = conv1d_forward
+    elif type(module) is nn.Linear:
+        forward = linear_forward
+    else:
         return "a subclass of nn.Linear" if isinstance(module, nn.Linear) else None
-    weight = module.weight
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return "its weight is no plain floating-point parameter"
-    x = _probe.random((3, module.in_features), 0, weight)
-    return Candidate(("linear",), "linear", linear_forward, [((x,), {})])
+    width = weight.shape[0 if is_conv1d(module) else 1]
+    x = _probe.random((3, width), 0, weight)
+    return Candidate(("linear",), "linear", forward, [((x,), {})])
 
 
 def is_conv1d(module: nn.Module) -> bool:

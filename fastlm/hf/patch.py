@@ -76,7 +76,7 @@ class Patch:
         for title, entries in (
             ("", replaced),
             ("replaced by an earlier patch:", already),
-            ("left to PyTorch:", noted),
+            ("by parts:", noted),
             ("left alone:", kept),
         ):
             if entries and title:
