@@ -37,6 +37,7 @@ def package(tmp_path_factory):
         "FASTLM_CUDA": "1",
         "TORCH_CUDA_ARCH_LIST": ";".join(ARCHS),
         "NVCC_APPEND_FLAGS": "--resource-usage",
+        "NVCC_THREADS": str(len(ARCHS)),
         "PYTHONPATH": str(ROOT / "build_support"),
     }
     done = subprocess.run(
