@@ -143,18 +143,18 @@ def duration(us: float) -> str:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """How the cases went: totals, means and every loss."""
+    """How the cases went: means, and every loss; a clear one where the quartiles do not overlap."""
     timed = [o for o in outcomes if o.status == "timed"]
     lines = []
     for name in dict.fromkeys(n for o in timed for n in o.ratios):
         ratios = [o.ratios[name] for o in timed if name in o.ratios]
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         lines.append(f"{len(ratios)} cases against {name}: geometric mean {mean:.2f}x")
-        lines += [
-            f"  slower than {name}: {o.case.id} {o.ratios[name]:.2f}x"
-            for o in timed
-            if o.ratios.get(name, 1.0) < 1.0
-        ]
+        for o in timed:
+            if o.ratios.get(name, 1.0) < 1.0:
+                clear = o.times["ours"].p25 > o.times[name].p75
+                verdict = "slower than" if clear else "within the noise of"
+                lines.append(f"  {verdict} {name}: {o.case.id} {o.ratios[name]:.2f}x")
     for status, meaning in (
         ("reference", "cases have no kernel of their own here and were not timed"),
         ("wrong", "cases gave a wrong result and were not timed"),
