@@ -24,6 +24,7 @@ class Plan:
     rounds: int = 4
     batch: tuple[int, int] = (2, 128)  # sequences x tokens of a training step
     steps: int = 3  # 0: no training
+    seconds: float = 80.0  # of a dtype; a slow machine ends with fewer rounds, two and one at least
     realtime: bool = False
 
 
@@ -64,7 +65,10 @@ def measure(
         workers = [stack.enter_context(Worker(name, dtype, folder)) for name in variants]
         for worker in workers:
             worker.ready()
+        start = time.perf_counter()
         for number in range(plan.rounds + 1):
+            if number > 2 and time.perf_counter() - start > plan.seconds / 2:
+                break
             prompt = tokens(plan.prompt)
             for worker in _turn(workers, number):
                 first, between = worker.ask(
@@ -84,6 +88,8 @@ def measure(
             for worker in workers:
                 worker.ask("start_training")
         for number in range(plan.steps + 1 if plan.steps else 0):
+            if number > 1 and time.perf_counter() - start > plan.seconds:
+                break
             batch = tokens(*plan.batch)
             for worker in _turn(workers, number):
                 seconds, loss = worker.ask("train", tokens=batch, realtime=plan.realtime)
