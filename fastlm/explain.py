@@ -71,13 +71,14 @@ def _function(name: str) -> Callable[..., Any]:
     return function
 
 
-def _listing(name: str) -> str:
-    """Every backend of an operator, on every device, with the reason where one is absent."""
+def _listing(asked: str) -> str:
+    """Every backend of an operator's row, per device, with the reason where one is absent."""
+    name = asked
+    if name not in _registry.stems():  # "gated_activation" belongs to the row "activation"
+        name = _function(name).__module__.rpartition(".")[2]
     if name not in _registry.stems():
-        _function(name)
         raise ValueError(
-            f"explain: {name!r} has no list of its own; call it with arguments, or ask for one of: "
-            + ", ".join(_registry.stems())
+            f"explain: {asked!r} is no operator; there are: {', '.join(_registry.stems())}"
         )
     lines = []
     for device in _DEVICES:

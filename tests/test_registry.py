@@ -90,6 +90,7 @@ def test_explain_lists_an_operator():
     assert "serves cuda tensors, not cpu" in text
     assert fastlm.explain(ops.rms_norm) == text
     assert repr(text) == str(text)
+    assert fastlm.explain("gated_activation") == fastlm.explain("activation")
 
 
 @NATIVE
@@ -106,6 +107,7 @@ def test_explain_runs_what_it_is_given():
     "what, error, text",
     [
         ("fly", ValueError, "no operator 'fly'; there are: .*rms_norm"),
+        ("use_backend", ValueError, "'use_backend' is no operator; there are: activation"),
         ("_registry", ValueError, "no operator '_registry'"),
         (3, TypeError, "operator's name, a function or a model, got int"),
     ],
