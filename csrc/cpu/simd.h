@@ -11,7 +11,6 @@
 //   reduce_add, reduce_max   in a fixed order
 //   reduce_lanes(v[kLanes])  the sums of kLanes vectors as one vector
 //   swap_neighbours(v)   lanes 1, 0, 3, 2, ...
-//   reduce_lanes(v[kLanes])  the sums of kLanes vectors as one vector
 //   VecH, load_pairs(p), dot2(acc, a, b)   2 kLanes bf16 values: acc[l] += a[2l]b[2l] +
 //   a[2l+1]b[2l+1] broadcast_pair(p)    the bf16 pair at p in every lane
 //   zip(a, b, lo, hi)    pairs (a[i], b[i]) of bf16 values, in an order that suits the processor;

@@ -100,6 +100,11 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional<Tensor>(dense(*t)) : std::nullopt;
 }
 
+// t itself where its last dimension lies densely, else a contiguous copy.
+inline Tensor unit_stride(const Tensor& t) {
+  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
+}
+
 inline const void* data_or_null(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }

@@ -12,10 +12,6 @@ FASTLM_KERNEL_TABLE(DecodeAttentionKernels, decode_attention)
 namespace fastlm {
 namespace {
 
-Tensor unit_stride(const Tensor& t) {
-  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
-}
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Into how many pieces each head's keys are cut: about 64 tasks for a sequence, of at least 128
@@ -33,8 +29,23 @@ Tensor decode_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_,
   const auto lengths = dense(lengths_), slopes = dense(slopes_), sinks = dense(sinks_);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2);
   const int64_t kv_heads = k.size(1), value_dim = v.size(3);
-  STD_TORCH_CHECK(q.size(3) <= kDecodeMaxHead && value_dim <= kDecodeMaxHead,
-                  "decode_attention: head size out of range");
+  const int64_t most = std::max(q.size(3), value_dim);
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k.size(0) == batch &&
+                      v.size(0) == batch && kv_heads > 0 && heads % kv_heads == 0 &&
+                      v.size(1) == kv_heads && v.size(2) == k.size(2) && k.size(3) == q.size(3) &&
+                      q.size(3) > 0 && most <= kDecodeMaxHead && window >= 0 &&
+                      q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+                  "decode_attention: the arguments do not fit each other");
+  STD_TORCH_CHECK(!lengths || (lengths->dim() == 1 && lengths->size(0) == batch &&
+                               (lengths->scalar_type() == ScalarType::Long ||
+                                lengths->scalar_type() == ScalarType::Int)),
+                  "decode_attention: lengths must be int32 or int64 [", batch, "]");
+  STD_TORCH_CHECK(
+      !slopes || (slopes->size(-1) == heads &&
+                  (slopes->dim() == 1 || (slopes->dim() == 2 && slopes->size(0) == batch))),
+      "decode_attention: alibi_slopes must be [", heads, "] or [", batch, ", ", heads, "]");
+  STD_TORCH_CHECK(!sinks || (sinks->dim() == 1 && sinks->size(0) == heads),
+                  "decode_attention: sinks must be [", heads, "]");
 
   // The result lies as [B, Tq, Hq, Dv], so that joining the heads afterwards moves nothing.
   const int64_t sizes[] = {batch, heads, queries, value_dim};
@@ -64,7 +75,8 @@ Tensor decode_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_,
     cut = cut || pieces > 1;
   }
   const int64_t tasks = first_task[batch], rows = heads / kv_heads * queries;
-  Tensor partial = empty_cpu({cut ? tasks : 0, rows, value_dim + 2}, ScalarType::Float);
+  std::optional<Tensor> partial;
+  if (cut) partial = empty_cpu({tasks, rows, value_dim + 2}, ScalarType::Float);
   const DecodeAttentionArgs args{q.const_data_ptr(),
                                  k.const_data_ptr(),
                                  v.const_data_ptr(),
@@ -95,7 +107,7 @@ Tensor decode_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                                  static_cast<const float*>(data_or_null(slopes)),
                                  slopes && slopes->dim() == 2 ? heads : 0,
                                  static_cast<const float*>(data_or_null(sinks)),
-                                 static_cast<float*>(partial.mutable_data_ptr()),
+                                 cut ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr,
                                  dtype_of(q)};
   // Rows that share a key's data make a task longer than its traffic tells.
   const int64_t width = (q.size(3) + value_dim) * (args.dtype == DType::kFloat32 ? 4 : 2);

@@ -11,10 +11,6 @@ FASTLM_KERNEL_TABLE(RopeKernels, rope)
 namespace fastlm {
 namespace {
 
-Tensor unit_stride(const Tensor& t) {
-  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
-}
-
 // A fresh tensor of x's shape [B, H, T, D] that lies in memory as x does: tokens within heads, or
 // heads within tokens, as the projections of a model leave them.
 Tensor empty_in_order(const Tensor& x) {
@@ -31,9 +27,15 @@ Tensor rope_single(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, int
   const Tensor x = unit_stride(x_), cos = unit_stride(cos_), sin = unit_stride(sin_);
   Tensor y = empty_in_order(x_);
   const int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2), head_dim = x.size(3);
-  STD_TORCH_CHECK(rotary > 0 && rotary <= std::min(head_dim, kRopeTableFloats) && rotary % 2 == 0,
-                  "rope: rotary_dim out of range");
   const bool per_batch = cos.dim() == 3 && cos.size(0) > 1;
+  const int64_t width = cos.size(-1);
+  STD_TORCH_CHECK(x.dim() == 4 && rotary > 0 && rotary % 2 == 0 &&
+                      rotary <= std::min(head_dim, kRopeTableFloats) &&
+                      (width == rotary || 2 * width == rotary) && cos.size(-2) == tokens &&
+                      cos.dim() <= 3 && (!per_batch || cos.size(0) == batch) &&
+                      cos.sizes() == sin.sizes() && cos.scalar_type() == sin.scalar_type() &&
+                      (cos.scalar_type() == x.scalar_type() || dtype_of(cos) == DType::kFloat32),
+                  "rope: the arguments do not fit each other");
   const int64_t row_bytes = head_dim * (dtype_of(x) == DType::kFloat32 ? 4 : 2);
   // A tile lies as densely in memory as x allows; four heads share the work on the tables.
   const bool by_token = x.stride(1) < x.stride(2);
@@ -61,7 +63,7 @@ Tensor rope_single(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, int
                       rotary,
                       head_block,
                       token_block,
-                      cos.size(-1) == rotary,
+                      width == rotary,
                       interleaved,
                       transposed,
                       dtype_of(x),
@@ -77,6 +79,9 @@ Tensor rope_single(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, int
 std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos,
                                 const Tensor& sin, int64_t rotary, bool interleaved,
                                 bool transposed) {
+  STD_TORCH_CHECK(q.size(0) == k.size(0) && q.size(2) == k.size(2) && q.size(3) == k.size(3) &&
+                      q.scalar_type() == k.scalar_type(),
+                  "rope: q and k do not fit each other");
   return {rope_single(q, cos, sin, rotary, interleaved, transposed),
           rope_single(k, cos, sin, rotary, interleaved, transposed)};
 }

@@ -9,6 +9,7 @@ from fastlm import reference
 from fastlm.ops import _checks
 from fastlm.ops._library import define, needs_grad
 from fastlm.ops._registry import Backend, choose, native, register
+from fastlm.ops.linear import autocast
 
 _NATIVE = native(torch.float32, torch.bfloat16)
 _MAX_HEAD = 256
@@ -43,6 +44,8 @@ def _decode_fake(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
 ) -> Tensor:
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _checks.same_device("decode_attention", name, x, q)
     batch, heads, queries, _ = q.shape
     return q.new_empty((batch, queries, heads, v_cache.shape[3])).transpose(1, 2)
 
@@ -103,75 +106,56 @@ def decode_attention(
     >>> decode_attention(q, k, torch.ones(1, 1, 8, 4), 5)[0, 0]
     tensor([[1., 1., 1., 1.]])
     """
-    if block_table is softcap is alibi_slopes is sinks is None:
-        _check(q, k_cache, v_cache, lengths)
-    else:
-        _check_each(q, k_cache, v_cache, lengths, block_table)
-        _check_options(q, softcap, alibi_slopes, sinks)
-    if window is not None and window < 1:
-        raise _checks.fail("decode_attention", "window", "1 or more", window)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k_cache, v_cache = q.to(dtype), k_cache.to(dtype), v_cache.to(dtype)
-    size = q.shape[3]
-    if scale is None:
-        scale = size**-0.5
-    backend = choose(
-        "decode_attention",
-        q,
-        head=max(size, v_cache.shape[3]),
-        grad=needs_grad(q, k_cache, v_cache, alibi_slopes, sinks),
-        paged=block_table is not None,
-        softcap=softcap is not None,
-    )
-    if backend == "reference":
-        return reference.decode_attention(
+    given = q, k_cache, v_cache, lengths, block_table, window, softcap, alibi_slopes, sinks
+    try:
+        if torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type):
+            q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+        size = q.shape[-1]
+        backend = choose(
+            "decode_attention",
             q,
-            k_cache,
-            v_cache,
-            lengths,
-            block_table=block_table,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
+            head=max(size, v_cache.shape[-1]),
+            grad=needs_grad(q, k_cache, v_cache, alibi_slopes, sinks),
+            paged=block_table is not None,
+            softcap=softcap is not None,
         )
-    many, one = (lengths, 0) if isinstance(lengths, Tensor) else (None, lengths)
-    slopes = None if alibi_slopes is None else alibi_slopes.float()
-    logits = None if sinks is None else sinks.float()
-    return _decode(q, k_cache, v_cache, many, one, scale, window or 0, slopes, logits)
+        if scale is None:
+            scale = size**-0.5
+        if backend == "cpu":  # the binding checks the arguments, for calls of a few microseconds
+            many, one = (lengths, 0) if isinstance(lengths, Tensor) else (None, lengths)
+            slopes = None if alibi_slopes is None else alibi_slopes.float()
+            logits = None if sinks is None else sinks.float()
+            nearest = 0 if window is None else window or -1
+            return _decode(q, k_cache, v_cache, many, one, scale, nearest, slopes, logits)
+    except Exception:
+        _check(*given)  # names the argument at fault
+        raise
+    _check(*given)
+    return reference.decode_attention(
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        block_table=block_table,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | int) -> None:
-    """Settles the usual case, a contiguous cache and no options, by a few comparisons."""
-    if isinstance(q, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor):
-        a, b, c = q.shape, k_cache.shape, v_cache.shape
-        if (
-            len(a) == len(b) == len(c) == 4
-            and a[0] == b[0] == c[0]
-            and b[1] == c[1] > 0
-            and a[1] % b[1] == 0
-            and b[2] == c[2]
-            and a[3] == b[3] > 0
-            and type(lengths) is int
-            and 0 <= lengths <= b[2]
-            and q.dtype == k_cache.dtype == v_cache.dtype
-            and q.dtype in _checks.FLOATS
-            and q.device == k_cache.device == v_cache.device
-        ):
-            return
-    _check_each(q, k_cache, v_cache, lengths, None)
-
-
-def _check_each(
+def _check(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor | int,
     block_table: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
 ) -> None:
-    """Checks one argument after another, to name the one that is wrong."""
     op = "decode_attention"
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _checks.floating(op, name, x)
@@ -205,12 +189,8 @@ def _check_each(
     else:
         _in_cache(op, lengths, keys)
 
-
-def _check_options(
-    q: Tensor, softcap: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None
-) -> None:
-    op = "decode_attention"
-    batch, heads = q.shape[:2]
+    if window is not None and window < 1:
+        raise _checks.fail(op, "window", "1 or more", window)
     if softcap is not None:
         _checks.positive(op, "softcap", softcap)
     if alibi_slopes is not None:

@@ -37,18 +37,36 @@ def _empty_in_order(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _rope_single_fake(
+    x: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool, transposed: bool
+) -> Tensor:
+    for name, table in (("cos", cos), ("sin", sin)):
+        _checks.same_device("rope", name, table, x)
+    return _empty_in_order(x)
+
+
+def _rope_fake(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rotary: int,
+    interleaved: bool,
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:
+    _checks.same_device("rope", "k", k, q)
+    return _rope_single_fake(q, cos, sin, rotary, interleaved, transposed), _empty_in_order(k)
+
+
 _rope = define(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, int rotary, bool interleaved,"
     " bool transposed) -> (Tensor, Tensor)",
-    lambda q, k, cos, sin, rotary, interleaved, transposed: (
-        _empty_in_order(q),
-        _empty_in_order(k),
-    ),
+    _rope_fake,
 )
 _rope_single = define(
     "rope_single(Tensor x, Tensor cos, Tensor sin, int rotary, bool interleaved, bool transposed)"
     " -> Tensor",
-    lambda x, cos, sin, rotary, interleaved, transposed: _empty_in_order(x),
+    _rope_single_fake,
 )
 
 
@@ -121,55 +139,28 @@ def rope(
     >>> rope(torch.tensor([[[[1.0, 0.0]]]]), None, *quarter_turn)[0]
     tensor([[[[0., 1.]]]])
     """
-    rotary = _check(q, k, cos, sin, rotary_dim)
-    grad = needs_grad(q, k, cos, sin)
-    table_grad = grad and (cos.requires_grad or sin.requires_grad)
-    backend = choose("rope", q, tables=cos.dtype, rotary=rotary, table_grad=table_grad)
-    if backend == "reference":
-        return reference.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary)
-    if k is None:
-        if grad:
-            return _RopeSingle.apply(q, cos, sin, rotary, interleaved), None
-        return _rope_single(q, cos, sin, rotary, interleaved, False), None
-    if grad:
-        return _Rope.apply(q, k, cos, sin, rotary, interleaved)
-    return _rope(q, k, cos, sin, rotary, interleaved, False)
+    try:
+        rotary = reference.rotated_width(q.shape[-1], cos.shape[-1], rotary_dim)
+        grad = needs_grad(q, k, cos, sin)
+        table_grad = grad and (cos.requires_grad or sin.requires_grad)
+        backend = choose("rope", q, tables=cos.dtype, rotary=rotary, table_grad=table_grad)
+        if backend == "cpu":  # the binding checks the arguments, for calls of a few microseconds
+            if k is None:
+                if grad:
+                    return _RopeSingle.apply(q, cos, sin, rotary, interleaved), None
+                return _rope_single(q, cos, sin, rotary, interleaved, False), None
+            if grad:
+                return _Rope.apply(q, k, cos, sin, rotary, interleaved)
+            return _rope(q, k, cos, sin, rotary, interleaved, False)
+    except Exception:
+        _check(q, k, cos, sin, rotary_dim)  # names the argument at fault
+        raise
+    _check(q, k, cos, sin, rotary_dim)
+    return reference.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary)
 
 
-def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int | None) -> int:
-    """Checks the arguments; returns R. The usual case is settled by a few comparisons."""
-    if (
-        isinstance(q, Tensor)
-        and isinstance(k, Tensor)
-        and isinstance(cos, Tensor)
-        and isinstance(sin, Tensor)
-        and q.dtype == k.dtype
-        and q.dtype in _checks.FLOATS
-        and (cos.dtype == q.dtype or cos.dtype == torch.float32)
-        and cos.dtype == sin.dtype
-        and q.device == k.device == cos.device == sin.device
-        and q.dim() == k.dim() == 4
-        and 2 <= cos.dim() <= 3
-    ):
-        batch, _, tokens, head = q.shape
-        *rows, width = shape = cos.shape
-        if (
-            sin.shape == shape
-            and (k.shape[0], *k.shape[2:]) == (batch, tokens, head)
-            and (rows == [tokens] or rows == [1, tokens] or rows == [batch, tokens])
-            and (rotary_dim is None or rotary_dim == head)
-            and (width == head or 2 * width == head)
-            and head % 2 == 0
-            and head > 0
-        ):
-            return head
-    return _check_each(q, k, cos, sin, rotary_dim)
-
-
-def _check_each(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int | None
-) -> int:
-    """Checks one argument after another, to name the one that is wrong; returns R."""
+def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int | None) -> None:
+    """Checks one argument after another, to name the one that is wrong."""
     _checks.floating("rope", "q", q)
     _checks.rank("rope", "q", q, 4)
     batch, _, tokens, head = q.shape
@@ -199,4 +190,3 @@ def _check_each(
     if width not in (rotary, rotary // 2) or rotary > head or rotary % 2 or rotary == 0:
         expected = f"{rotary} or {rotary // 2}" if rotary_dim else f"even and at most {head}"
         raise _checks.fail("rope", "cos", f"of a width {expected}", width)
-    return rotary
