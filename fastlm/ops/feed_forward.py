@@ -2,18 +2,175 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._registry import choose, register
-from fastlm.ops.linear import autocast
+from fastlm.ops._library import define, needs_grad
+from fastlm.ops._product import grad_w, grad_x, own
+from fastlm.ops._registry import Backend, absent, choose, native, register
+from fastlm.ops.activation import KINDS as KINDS
+from fastlm.ops.linear import as_matrix, autocast, cpu_slower, size_of
 from fastlm.ops.linear import check as check_linear
 
-KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
+_NATIVE = native(torch.float32, torch.bfloat16)
 
-register("feed_forward")
+
+def _torch_unsupported(dtype: torch.dtype, **facts: Any) -> list[str]:
+    return _NATIVE(dtype) or absent(Backend("cpu", (), _NATIVE), "cpu")
+
+
+def _torch_slower(dtype: torch.dtype, **facts: Any) -> list[str]:
+    compiling = torch.compiler.is_compiling()
+    return ["the compiler fuses PyTorch's own activation"] if compiling else []
+
+
+register(
+    "feed_forward",
+    Backend("cpu", ("cpu",), _NATIVE, cpu_slower),
+    Backend("torch", ("cpu",), _torch_unsupported, _torch_slower),  # its products, our activation
+)
+
+
+def _hidden_fake(
+    x: Tensor, w_in: Tensor, w_gate: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*x.shape[:-1], w_in.shape[0])
+    gate = x.new_empty(0 if w_gate is None else shape)
+    return x.new_empty(shape), x.new_empty(shape), gate
+
+
+_forward = define(
+    "feed_forward(Tensor x, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in,"
+    " Tensor? b_out, Tensor? b_gate, int kind) -> Tensor",
+    lambda x, w_in, w_out, *rest: x.new_empty((*x.shape[:-1], w_out.shape[0])),
+)
+# -> hidden, up, gate
+_hidden = define(
+    "feed_forward_hidden(Tensor x, Tensor w_in, Tensor? w_gate, Tensor? b_in, Tensor? b_gate,"
+    " int kind) -> (Tensor, Tensor, Tensor)",
+    _hidden_fake,
+)
+_activation = define(
+    "feed_forward_activation(Tensor up, Tensor? gate, int kind) -> Tensor",
+    lambda up, gate, kind: torch.empty_like(up, memory_format=torch.contiguous_format),
+)
+# grad of hidden becomes that of up; -> hidden, gradient of gate
+_backward = define(
+    "feed_forward_backward(Tensor(a!) grad, Tensor up, Tensor? gate, int kind) -> (Tensor, Tensor)",
+    lambda grad, up, gate, kind: (
+        torch.empty_like(up, memory_format=torch.contiguous_format),
+        up.new_empty(0 if gate is None else up.shape),
+    ),
+)
+
+
+class _FeedForward(torch.autograd.Function):
+    """Keeps x and the projections; the activation is recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        w_gate: Tensor | None,
+        b_in: Tensor | None,
+        b_out: Tensor | None,
+        b_gate: Tensor | None,
+        kind: str,
+        backend: str,
+    ) -> Tensor:
+        gate: Tensor | None
+        if backend == "cpu":
+            hidden, up, gate = _hidden(x, w_in, w_gate, b_in, b_gate, _NUMBER[kind])
+            gate = None if w_gate is None else gate
+            y = own(hidden, w_out, b_out)
+        else:
+            up = F.linear(x, w_in, b_in)
+            gate = None if w_gate is None else F.linear(x, w_gate, b_gate)
+            y = F.linear(_activation(up, gate, _NUMBER[kind]), w_out, b_out)
+        ctx.save_for_backward(x, w_in, w_out, w_gate, b_in, b_out, b_gate, up, gate)
+        ctx.kind = kind
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *inputs, up, gate = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return *_differentiable(inputs, ctx.kind, grad, ctx.needs_input_grad), None, None
+        x, w_in, w_out, w_gate, *_ = inputs
+        need = ctx.needs_input_grad
+        grad, x_rows = as_matrix(grad), as_matrix(x)
+        up, gate = as_matrix(up), None if gate is None else as_matrix(gate)
+        d_up = grad_x(grad, w_out)  # the gradient of hidden, until the kernel has passed
+        hidden, d_gate = _backward(d_up, up, gate, _NUMBER[ctx.kind])
+        dx = d_w_gate = None
+        if need[0]:
+            dx = grad_x(d_up, w_in)
+            if w_gate is not None:
+                dx = dx.add_(grad_x(d_gate, w_gate))
+            dx = dx.view(x.shape)
+        if w_gate is not None and need[3]:
+            d_w_gate = grad_w(d_gate, x_rows)
+        return (
+            dx,
+            grad_w(d_up, x_rows) if need[1] else None,
+            grad_w(grad, hidden) if need[2] else None,
+            d_w_gate,
+            d_up.sum(0) if need[4] else None,
+            grad.sum(0) if need[5] else None,
+            d_gate.sum(0) if need[6] else None,
+            None,
+            None,
+        )
+
+
+def _differentiable(
+    inputs: list[Tensor | None], kind: str, grad: Tensor, need: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The gradients by PyTorch's own operators, so that they can be differentiated again."""
+    x, w_in, w_out, w_gate, b_in, b_out, b_gate = inputs
+    assert x is not None and w_in is not None and w_out is not None
+    y = reference.feed_forward(
+        x, w_in, w_out, w_gate=w_gate, b_in=b_in, b_out=b_out, b_gate=b_gate, activation=kind
+    )
+    wanted = [t for t, n in zip(inputs, need, strict=False) if n and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if n else None for n in need[: len(inputs)]]
+
+
+_BLOCK = 256  # rows whose intermediates stay in cache
+
+
+def _by_library(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    w_gate: Tensor | None,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    b_gate: Tensor | None,
+    kind: int,
+) -> Tensor:
+    """The library's products around our activation, a block of rows at a time."""
+
+    rows = as_matrix(x)
+    y = x.new_empty(len(rows), w_out.shape[0])
+    for part, out in zip(rows.split(_BLOCK), y.split(_BLOCK), strict=True):
+        up = F.linear(part, w_in, b_in)
+        gate = None if w_gate is None else F.linear(part, w_gate, b_gate)
+        hidden = _activation(up, gate, kind)
+        if b_out is None:
+            torch.mm(hidden, w_out.t(), out=out)
+        else:
+            torch.addmm(b_out, hidden, w_out.t(), out=out)
+    return y.view(*x.shape[:-1], w_out.shape[0])
 
 
 def feed_forward(
@@ -34,7 +191,8 @@ def feed_forward(
 
     Args:
         x: [..., D], any strides; fp32, bf16, fp16 or fp64.
-        w_in: [H, D], of x's dtype like every other argument.
+        w_in: [H, D], of x's dtype like every other argument; a transposed view does not cost a copy
+            for a few rows.
         w_out: [E, H].
         w_gate: [H, D] for the gated form, else None.
         b_in, b_gate: [H] or None. b_out: [E] or None.
@@ -56,22 +214,35 @@ def feed_forward(
     >>> feed_forward(x, w, w, w_gate=-w, activation="relu")
     tensor([[0., 0.]])
     """
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        x, w_in, w_out, w_gate, b_in, b_out, b_gate = autocast(
-            x, w_in, w_out, w_gate, b_in, b_out, b_gate
+    try:
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            x, w_in, w_out, w_gate, b_in, b_out, b_gate = autocast(
+                x, w_in, w_out, w_gate, b_in, b_out, b_gate
+            )
+        transposed = not (w_in.is_contiguous() and w_out.is_contiguous())
+        backend = choose("feed_forward", x, rows=size_of(x), transposed=transposed)
+        args = x, w_in, w_out, w_gate, b_in, b_out, b_gate
+        if backend == "cpu" and not needs_grad(*args):
+            # the binding checks the shapes, for calls of a few microseconds
+            return _forward(*args, _NUMBER[activation])
+    except Exception:
+        _check(x, w_in, w_out, w_gate, b_in, b_out, b_gate, activation)  # names the one at fault
+        raise
+    _check(*args, activation)
+    if backend == "reference":
+        return reference.feed_forward(
+            x,
+            w_in,
+            w_out,
+            w_gate=w_gate,
+            b_in=b_in,
+            b_out=b_out,
+            b_gate=b_gate,
+            activation=activation,
         )
-    _check(x, w_in, w_out, w_gate, b_in, b_out, b_gate, activation)
-    choose("feed_forward", x)
-    return reference.feed_forward(
-        x,
-        w_in,
-        w_out,
-        w_gate=w_gate,
-        b_in=b_in,
-        b_out=b_out,
-        b_gate=b_gate,
-        activation=activation,
-    )
+    if needs_grad(*args):
+        return _FeedForward.apply(*args, activation, backend)
+    return _by_library(*args, _NUMBER[activation])
 
 
 def _check(

@@ -18,7 +18,7 @@ from fastlm.ops._registry import Backend, choose, native, register
 _FEW, _SOME, _MANY = f"up to {FEW}", f"up to {SOME}", f"over {SOME}"
 
 
-def _cpu_slower(dtype: torch.dtype, *, rows: str, transposed: bool) -> list[str]:
+def cpu_slower(dtype: torch.dtype, *, rows: str, transposed: bool) -> list[str]:
     """Why PyTorch's library is the better choice for so many rows.
 
     F.linear's time over the own kernel's, weights from memory, [2048, 768], Zen 4 with AVX-512 and
@@ -36,7 +36,7 @@ def _cpu_slower(dtype: torch.dtype, *, rows: str, transposed: bool) -> list[str]
 
 register(
     "linear",
-    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16), _cpu_slower),
+    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16), cpu_slower),
     Backend("torch", (), lambda dtype, **facts: []),
 )
 
@@ -82,7 +82,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     try:
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             x, w, bias = autocast(x, w, bias)
-        backend = choose("linear", x, rows=_size_of(x), transposed=not w.is_contiguous())
+        backend = choose("linear", x, rows=size_of(x), transposed=not w.is_contiguous())
         if backend == "cpu":  # the binding checks the shapes, for calls of a few microseconds
             return _Linear.apply(x, w, bias) if needs_grad(x, w, bias) else own(x, w, bias)
     except Exception:
@@ -94,7 +94,8 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, w, bias)
 
 
-def _size_of(x: Tensor) -> str:
+def size_of(x: Tensor) -> str:
+    """How many rows x has, in the three classes that the choice is made for."""
     rows = x.numel() // (x.shape[-1] or 1)
     return _FEW if rows <= FEW else _SOME if rows <= SOME else _MANY
 

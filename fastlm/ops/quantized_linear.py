@@ -78,9 +78,9 @@ def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = 
     if not isinstance(qweight, QuantizedWeight):
         got = type(qweight).__name__
         raise TypeError(f"{op}: qweight must be a QuantizedWeight (see quantize_weight), got {got}")
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        x, bias = autocast(x, bias)
     _checks.floating(op, "x", x)
+    if torch.is_autocast_enabled(x.device.type):
+        x, bias = autocast(x, bias)
     rows, cols = qweight.shape
     if x.dim() == 0 or x.shape[-1] != cols:
         raise _checks.fail(op, "x", f"[..., {cols}]", list(x.shape))

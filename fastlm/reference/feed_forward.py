@@ -1,18 +1,11 @@
+"""feed_forward in plain PyTorch: oracle, fallback and baseline."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": torch.relu,
-    "relu2": lambda x: torch.relu(x).square(),
-}
+from fastlm.reference.activation import activation as act
 
 
 def feed_forward(
@@ -27,7 +20,9 @@ def feed_forward(
     activation: str = "gelu",
 ) -> Tensor:
     """y = act(x w_in^T + b_in) w_out^T + b_out, or with the gate's activation times the input's."""
-    act = _ACTIVATIONS[activation]
     hidden = F.linear(x, w_in, b_in)
-    hidden = act(hidden) if w_gate is None else act(F.linear(x, w_gate, b_gate)) * hidden
+    if w_gate is None:
+        hidden = act(hidden, activation)
+    else:
+        hidden = act(F.linear(x, w_gate, b_gate), activation) * hidden
     return F.linear(hidden, w_out, b_out)

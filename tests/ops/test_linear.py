@@ -61,7 +61,7 @@ def test_other_types(dtype):
 def test_either_winner(monkeypatch, rows, own):
     chosen = _product.Winners(own, own, own, own, "set by the test")
     monkeypatch.setattr(_product, "_measure", lambda dtype, threads: chosen)
-    x, w, bias = torch.randn(rows, 37), torch.randn(50, 37), torch.randn(50)
+    x, w, bias = torch.randn(rows, 137), torch.randn(450, 137), torch.randn(450)
     with ops.use_backend(None):  # forgets earlier verdicts
         text = fastlm.explain("linear", x, w).splitlines()[0]
         assert text.endswith(": cpu" if own else ": torch")
@@ -147,7 +147,7 @@ def test_autocast(rows):
 
 @pytest.mark.parametrize("rows", [3, 40])
 def test_fullgraph_compile_forward_and_backward(rows):
-    x, w, bias = torch.randn(rows, 32), torch.randn(10, 32), torch.randn(10)
+    x, w, bias = torch.randn(rows, 132), torch.randn(310, 132), torch.randn(310)
     compiled = torch.compile(lambda x, w: ops.linear(x, w, bias), fullgraph=True)
     exact = bias.double()
     check(compiled, lambda x, w: F.linear(x, w, bias), lambda x, w: F.linear(x, w, exact), [x, w])
