@@ -218,12 +218,15 @@ def build(outdir: Path, ext_suffix: str, tmp: Path, *, only: str | None = None) 
     ninja.rule("link", "$cxx -shared -Wl,--gc-sections -s $in -o $out $libs", depfile=False)
 
     csrc = ROOT / "csrc"
+    stems = [file.stem for file in sorted((csrc / "ops").glob("*.h"))]
+    stems = [stem for stem in stems if (csrc / f"cpu/{stem}.h").exists()]
+    module += f' -DFASTLM_STEMS=\\"{",".join(stems)}\\"'
     objects = [ninja.build("cxx", csrc / "cpu/isa.cpp", "isa.o")]
     for binding in sorted((csrc / "torch").glob("*.cpp")):
         stem = binding.stem
         extra = module if stem == "module" else ""
         objects.append(ninja.build("cxx", binding, f"{stem}.o", extra=extra))
-        if (csrc / f"cpu/{stem}.h").exists() and (csrc / f"ops/{stem}.h").exists():
+        if stem in stems:
             for isa in isas:
                 extra = f"{ISA_FLAGS[isa]} -DFASTLM_ISA={isa} -DFASTLM_STEM={stem}"
                 name = f"{stem}.{isa}.o"

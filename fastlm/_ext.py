@@ -13,14 +13,16 @@ from fastlm import settings
 
 native: ModuleType | None = None  # fastlm._C, whose import registers the CPU kernels
 native_error: str | None = None  # why there is none
+native_stems: frozenset[str] = frozenset()  # the operators it has CPU kernels for
 cuda_loaded = False  # whether fastlm/_cuda.so registered the CUDA kernels
 cuda_error: str | None = None
 
 
 def _load() -> None:
-    global native, native_error, cuda_loaded, cuda_error
+    global native, native_error, native_stems, cuda_loaded, cuda_error
     try:
         native = importlib.import_module("fastlm._C")
+        native_stems = frozenset(native.build_info().get("stems", ()))
         native.cpu_isa()  # an invalid FASTLM_CPU_ISA raises here, not in the first kernel
     except ImportError as error:
         native_error = f"fastlm._C: {error}"

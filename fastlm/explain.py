@@ -84,7 +84,7 @@ def _listing(asked: str) -> str:
     for device in _DEVICES:
         lines.append(f"{name} on {device} tensors, best first")
         for backend in _registry.backends(name):
-            reasons = _registry.absent(backend, device)
+            reasons = _registry.absent(name, backend, device)
             lines.append(f"  {backend.name:<10}{'; '.join(reasons) or 'here'}")
     if _registry.forced() is not None:
         lines.append(f"forced: {_registry.forced()}")

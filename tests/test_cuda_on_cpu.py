@@ -28,7 +28,7 @@ import torch
 torch.ops.load_library({library!r})
 def cpu_isa(): return "emulated CUDA"
 def supported_isas(): return ["emulated CUDA"]
-def build_info(): return dict(compiler="", torch="", torch_abi="", cuda=False)
+def build_info(): return dict(compiler="", torch="", torch_abi="", stems=[{stem!r}], cuda=False)
 """
 
 
@@ -54,7 +54,7 @@ def emulated(stem: str, folder: Path) -> Path:
     for entry in (ROOT / "fastlm").iterdir():
         if entry.suffix != ".so" and entry.name != "__pycache__":
             (package / entry.name).symlink_to(entry)
-    (package / "_C.py").write_text(STANDIN.format(library=str(library)))
+    (package / "_C.py").write_text(STANDIN.format(library=str(library), stem=stem))
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastlm
-from fastlm import ops, settings
+from fastlm import _ext, ops, settings
 from fastlm.ops import _registry
 
 X = torch.ones(2, 8)
@@ -46,6 +46,13 @@ def test_chooses_the_first_that_can_run():
     assert [v.chosen for v in verdicts] == ["cpu", "reference"]
     assert verdicts[0].idle == ["reference"]
     assert verdicts[1].refused["cpu"] == ["takes float32, bfloat16, not float16"]
+
+
+@NATIVE
+def test_a_stale_build_is_no_error(monkeypatch):
+    monkeypatch.setattr(_ext, "native_stems", _ext.native_stems - {"rms_norm"})
+    assert ops.implementations("rms_norm") == ["reference"]
+    assert "built before this operator had any: build again" in fastlm.explain("rms_norm")
 
 
 def test_forcing_a_backend():

@@ -29,8 +29,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         info["compiler"] = __VERSION__;
         info["torch"] = FASTLM_TORCH_VERSION;
         info["torch_abi"] = "2.11";
+        info["stems"] = py::str(FASTLM_STEMS).attr("split")(",");
         info["cuda"] = static_cast<bool>(FASTLM_WITH_CUDA);
         return info;
       },
-      "Compiler, torch it was compiled against, stable ABI version, whether CUDA was built.");
+      "Compiler, torch it was compiled against, stable ABI version, operators, whether with CUDA.");
 }

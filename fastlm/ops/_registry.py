@@ -75,7 +75,7 @@ def forced() -> str | None:
 
 def implementations(stem: str, device: str = "cpu") -> list[str]:
     """The backends of an operator that serve a device type and are present here."""
-    return [b.name for b in _backends[stem] if not absent(b, device)]
+    return [b.name for b in _backends[stem] if not absent(stem, b, device)]
 
 
 def choose(stem: str, x: torch.Tensor, **facts: Any) -> str:
@@ -93,12 +93,14 @@ def choose(stem: str, x: torch.Tensor, **facts: Any) -> str:
     return name
 
 
-def absent(backend: Backend, device: str) -> Reasons:
+def absent(stem: str, backend: Backend, device: str) -> Reasons:
     """Why a backend cannot serve tensors of a device type here, whatever their shape or type."""
     if backend.devices and device not in backend.devices:
         return [f"serves {', '.join(backend.devices)} tensors, not {device}"]
     if backend.name == "cpu" and _ext.native is None:
         return [_ext.native_error or "no native kernels"]
+    if backend.name == "cpu" and stem not in _ext.native_stems:
+        return ["the native kernels were built before this operator had any: build again"]
     if backend.name == "cuda" and not _ext.cuda_loaded:
         return [_ext.cuda_error or "no CUDA kernels"]
     return []
@@ -109,7 +111,7 @@ def _decide(stem: str, device: str, dtype: torch.dtype, facts: dict[str, Any]) -
     able: list[str] = []
     chosen = ""
     for backend in _backends[stem]:
-        reasons = absent(backend, device) or backend.unsupported(dtype, **facts)
+        reasons = absent(stem, backend, device) or backend.unsupported(dtype, **facts)
         if not reasons:
             able.append(backend.name)
             reasons = backend.slower(dtype, **facts)
