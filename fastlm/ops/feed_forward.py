@@ -22,7 +22,7 @@ _NATIVE = native(torch.float32, torch.bfloat16)
 
 
 def _torch_unsupported(dtype: torch.dtype, **facts: Any) -> list[str]:
-    return _NATIVE(dtype) or absent(Backend("cpu", (), _NATIVE), "cpu")
+    return _NATIVE(dtype) or absent("activation", Backend("cpu", (), _NATIVE), "cpu")
 
 
 def _torch_slower(dtype: torch.dtype, **facts: Any) -> list[str]:
