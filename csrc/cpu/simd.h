@@ -3,8 +3,8 @@
 //   VecF                 kLanes floats; + - * / work on it
 //   load(p), load(p, n)  from float, bf16 or fp16; the second reads n < kLanes lanes, rest 0
 //   store(p, v[, n])     to float, bf16 or fp16, rounding to nearest even
-//   stream(p, v)         store past the caches, p aligned to the vector
-//   set1, zero, fma(a, b, c) = a * b + c, vmax, vmin, vabs, vsqrt, vround (to nearest even)
+//   stream(p, v)         store past the caches, p aligned to the vector; stream_end() after the
+//   last set1, zero, fma(a, b, c) = a * b + c, vmax, vmin, vabs, vsqrt, vround (to nearest even)
 //   pow2(v, n) = v * 2^n for integral n
 //   below(i, n)          mask of the lanes i + lane < n; select(mask, a, b)
 //   less(a, b)           mask

@@ -60,6 +60,7 @@ inline void store(fp16* p, VecF v, int n) {
 }
 inline void stream(float* p, VecF v) { _mm256_stream_ps(p, v); }
 inline void stream(bf16* p, VecF v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
+inline void stream_end() { _mm_sfence(); }
 
 inline VecF fma(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
 inline VecF vmax(VecF a, VecF b) { return _mm256_max_ps(a, b); }

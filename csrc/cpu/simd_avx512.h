@@ -8,8 +8,12 @@ inline Mask first(int n) { return static_cast<Mask>((1u << n) - 1u); }
 inline VecF zero() { return _mm512_setzero_ps(); }
 inline VecF set1(float x) { return _mm512_set1_ps(x); }
 
+// Word l of the half to the upper word of lane l: one instruction, where widening and shifting is
+// two.
 inline VecF widen(__m256i half) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(
+      0xaaaaaaaau, _mm512_slli_epi32(lane, 16), _mm512_castsi256_si512(half)));
 }
 inline VecF load(const float* p) { return _mm512_loadu_ps(p); }
 inline VecF load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
@@ -52,6 +56,7 @@ inline void stream(float* p, VecF v) { _mm512_stream_ps(p, v); }
 inline void stream(bf16* p, VecF v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v));
 }
+inline void stream_end() { _mm_sfence(); }
 
 inline VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
 inline VecF vmax(VecF a, VecF b) { return _mm512_max_ps(a, b); }
@@ -72,8 +77,23 @@ inline VecF select(Mask m, VecF a, VecF b) { return _mm512_mask_mov_ps(b, m, a);
 
 inline VecF swap_neighbours(VecF v) { return _mm512_permute_ps(v, 0xb1); }
 
-inline float reduce_add(VecF v) { return _mm512_reduce_add_ps(v); }
-inline float reduce_max(VecF v) { return _mm512_reduce_max_ps(v); }
+// Not _mm512_reduce_*: GCC 12 warns of an uninitialised operand inside them.
+inline __m256 lower_half(VecF v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline __m256 upper_half(VecF v) {
+  return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+inline float reduce_add(VecF v) {
+  const __m256 h = _mm256_add_ps(lower_half(v), upper_half(v));
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float reduce_max(VecF v) {
+  const __m256 h = _mm256_max_ps(lower_half(v), upper_half(v));
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
 
 // Lane l of the result sums v[l], l = 0 ... 15.
 inline VecF reduce_lanes(const VecF* v) {

@@ -53,6 +53,7 @@ template <class T>
 inline void stream(T* p, VecF v) {
   store(p, v);
 }
+inline void stream_end() {}
 
 inline VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
 inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }

@@ -23,8 +23,15 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(torch.ops.fastlm, name).default
 
 
+def direct(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator without its Python call layer (0.3 us), which the compiler cannot trace."""
+    return getattr(operator, "_op", operator)
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd has to record an operation on these tensors."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import _ext, settings
 
@@ -48,7 +49,9 @@ class Verdict:
 
 
 _backends: dict[str, list[Backend]] = {}
-_verdicts: dict[tuple[Any, ...], str] = {}
+Memory = dict[tuple[Any, ...], str]
+_verdicts: Memory = {}
+_memories: list[Memory] = [_verdicts]
 _forced: str | None = settings.forced_backend()
 _recording: list[Verdict] | None = None
 
@@ -80,17 +83,41 @@ def implementations(stem: str, device: str = "cpu") -> list[str]:
 
 def choose(stem: str, x: torch.Tensor, **facts: Any) -> str:
     """The backend that runs operator `stem` on tensors like x; facts are hashable."""
-    device = x.device.type
-    if torch.compiler.is_compiling():
-        return _decide(stem, device, x.dtype, facts).chosen
-    key = (stem, device, x.dtype, *facts.values())
-    name = _verdicts.get(key)
-    if name is None or _recording is not None:
-        verdict = _decide(stem, device, x.dtype, facts)
-        if _recording is not None:
-            _recording.append(verdict)
-        name = _verdicts[key] = verdict.chosen
-    return name
+    # every call of every operator comes through here: one lookup, x.device only off the CPU
+    if is_dynamo_compiling():
+        return _decide(stem, x.device.type, x.dtype, facts).chosen
+    key = (stem, x.is_cpu or x.device.type, x.dtype, *facts.values())
+    return _verdicts.get(key) or _judge(key, stem, x, facts)
+
+
+def memory() -> Memory:
+    """A dict in which an operator keeps verdicts under keys of its own, filled by `remember`.
+
+    For operators whose kernels may cost less than `choose`. The registry empties it whenever what
+    is forced or recorded changes.
+    """
+    _memories.append({})
+    return _memories[-1]
+
+
+def remember(memory: Memory, key: tuple[Any, ...], chosen: str) -> str:
+    """Keeps a verdict of `choose`, but not while recording, when every call is judged."""
+    if _recording is None and not is_dynamo_compiling():
+        memory[key] = chosen
+    return chosen
+
+
+def _forget() -> None:
+    for memory in _memories:
+        memory.clear()
+
+
+def _judge(key: tuple[Any, ...], stem: str, x: torch.Tensor, facts: dict[str, Any]) -> str:
+    """Decides a call not seen before, or every call while recording."""
+    verdict = _decide(stem, x.device.type, x.dtype, facts)
+    if _recording is not None:
+        _recording.append(verdict)
+    return remember(_verdicts, key, verdict.chosen)
 
 
 def absent(stem: str, backend: Backend, device: str) -> Reasons:
@@ -135,12 +162,12 @@ def use_backend(name: str | None) -> Iterator[None]:
     if name is not None and name not in settings.BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(settings.BACKENDS)}, got {name!r}")
     before, _forced = _forced, name
-    _verdicts.clear()
+    _forget()
     try:
         yield
     finally:
         _forced = before
-        _verdicts.clear()
+        _forget()
 
 
 @contextlib.contextmanager
@@ -150,6 +177,7 @@ def recording() -> Iterator[list[Verdict]]:
     verdicts: list[Verdict] = []
     before = _recording
     _recording = verdicts
+    _forget()
     try:
         yield verdicts
     finally:

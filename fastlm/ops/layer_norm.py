@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
-from torch import Tensor
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
-from fastlm.ops import _checks
-from fastlm.ops._registry import choose, register
+from fastlm.ops._library import define, direct, needs_grad
+from fastlm.ops._norm import check, empty_like, empty_vector, unsupported
+from fastlm.ops._registry import Backend, choose, memory, register, remember
 
-register("layer_norm")
+register("layer_norm", Backend("cpu", ("cpu",), unsupported))
+
+_forward = define(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    lambda x, weight, bias, eps: empty_like(x),
+)
+_forward_direct = direct(_forward)
+_add_forward = define(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor)",
+    lambda x, residual, weight, bias, eps: (empty_like(x), empty_like(x)),
+)
+_backward = define(
+    "layer_norm_backward(Tensor grad, Tensor? grad_summed, Tensor x, Tensor? weight, bool bias,"
+    " float eps) -> (Tensor, Tensor, Tensor)",
+    lambda grad, grad_summed, x, weight, bias, eps: (
+        empty_like(x),
+        empty_vector(x, weight),
+        empty_vector(x, weight if bias else None),
+    ),
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.bias = eps, bias is not None
+        return _forward(x, weight, bias, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        dx, dw, db = _backward(grad, None, x, weight, ctx.bias, ctx.eps)
+        return dx, None if weight is None else dw, db if ctx.bias else None, None
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        y, summed = _add_forward(x, residual, weight, bias, eps)
+        ctx.save_for_backward(summed, weight)
+        ctx.eps, ctx.bias = eps, bias is not None
+        return y, summed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_summed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        summed, weight = ctx.saved_tensors
+        dx, dw, db = _backward(grad, grad_summed, summed, weight, ctx.bias, ctx.eps)
+        return dx, dx, None if weight is None else dw, db if ctx.bias else None, None
 
 
 @overload
@@ -63,22 +124,39 @@ def layer_norm(
     >>> layer_norm(torch.tensor([[1.0, 3.0]]), eps=0.0)
     tensor([[-1.,  1.]])
     """
-    _check(x, weight, bias, residual)
-    choose("layer_norm", x)
-    return reference.layer_norm(x, weight, bias, eps, residual=residual)
+    try:
+        key = (
+            x.is_cpu or x.device,
+            x.dtype,
+            weight is None or weight.dtype,
+            bias is None or bias.dtype,
+        )
+        backend = _chosen.get(key) or _choose(key, x, weight, bias)
+        if backend == "reference":
+            check("layer_norm", x, residual, weight=weight, bias=bias)
+            return reference.layer_norm(x, weight, bias, eps, residual=residual)
+        if residual is None:
+            if is_grad_enabled() and needs_grad(x, weight, bias):
+                return _LayerNorm.apply(x, weight, bias, eps)
+            forward = _forward if is_dynamo_compiling() else _forward_direct
+            return forward(x, weight, bias, eps)
+        if is_grad_enabled() and needs_grad(x, weight, bias, residual):
+            return _AddLayerNorm.apply(x, residual, weight, bias, eps)
+        return _add_forward(x, residual, weight, bias, eps)
+    except (AttributeError, RuntimeError):
+        # the kernel refused: say which argument it was
+        check("layer_norm", x, residual, weight=weight, bias=bias)
+        raise
 
 
-def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
-    _checks.floating("layer_norm", "x", x)
-    if x.dim() == 0:
-        raise _checks.fail("layer_norm", "x", "of rank 1 or more", "a scalar")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            _checks.floating("layer_norm", name, vector)
-            _checks.shape("layer_norm", name, vector, x.shape[-1:])
-            _checks.same_device("layer_norm", name, vector, x)
-    if residual is not None:
-        _checks.floating("layer_norm", "residual", residual)
-        _checks.shape("layer_norm", "residual", residual, x.shape)
-        _checks.same_dtype("layer_norm", "residual", residual, x)
-        _checks.same_device("layer_norm", "residual", residual, x)
+_chosen = memory()
+
+
+def _choose(key: tuple[Any, ...], x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
+    chosen = choose(
+        "layer_norm",
+        x,
+        weight=None if weight is None else weight.dtype,
+        bias=None if bias is None else bias.dtype,
+    )
+    return remember(_chosen, key, chosen)

@@ -5,56 +5,34 @@ from __future__ import annotations
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
-from fastlm.ops import _checks
-from fastlm.ops._library import define, needs_grad
-from fastlm.ops._registry import Backend, choose, native, register
-
-_NATIVE = native(torch.float32, torch.bfloat16)
-
-
-def _cpu_unsupported(dtype: torch.dtype, *, weight: torch.dtype | None) -> list[str]:
-    reasons = _NATIVE(dtype)
-    if not reasons and weight not in (None, dtype, torch.float32):
-        reasons = [f"takes a weight of {dtype} or torch.float32, not {weight}"]
-    return reasons
-
+from fastlm.ops._library import define, direct, needs_grad
+from fastlm.ops._norm import check, empty_like, empty_vector, unsupported
+from fastlm.ops._registry import Backend, choose, memory, register, remember
 
 register(
     "rms_norm",
-    Backend("cuda", ("cuda",), _cpu_unsupported),
-    Backend("cpu", ("cpu",), _cpu_unsupported),
+    Backend("cuda", ("cuda",), unsupported),
+    Backend("cpu", ("cpu",), unsupported),
 )
 
 _forward = define(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor",
-    lambda x, weight, eps, offset: torch.empty_like(x, memory_format=torch.contiguous_format),
+    lambda x, weight, eps, offset: empty_like(x),
 )
+_forward_direct = direct(_forward)
 _add_forward = define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset)"
     " -> (Tensor, Tensor)",
-    lambda x, residual, weight, eps, offset: (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-    ),
+    lambda x, residual, weight, eps, offset: (empty_like(x), empty_like(x)),
 )
-
-
-def _backward_fake(
-    grad: Tensor, grad_summed: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, o: float
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if weight is None:
-        return dx, x.new_empty((0, x.shape[-1]), dtype=torch.float32)
-    return dx, torch.empty_like(weight, memory_format=torch.contiguous_format)
-
-
 _backward = define(
     "rms_norm_backward(Tensor grad, Tensor? grad_summed, Tensor x, Tensor? weight, float eps,"
     " float offset) -> (Tensor, Tensor)",
-    _backward_fake,
+    lambda grad, grad_summed, x, weight, eps, offset: (empty_like(x), empty_vector(x, weight)),
 )
 
 
@@ -138,29 +116,34 @@ def rms_norm(
     >>> rms_norm(torch.tensor([[3.0, 4.0]]), eps=0.0)
     tensor([[0.8485, 1.1314]])
     """
-    _check(x, weight, residual)
-    backend = choose("rms_norm", x, weight=None if weight is None else weight.dtype)
-    if backend == "reference":
-        return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
-    if residual is None:
-        if needs_grad(x, weight):
-            return _RmsNorm.apply(x, weight, eps, weight_offset)
-        return _forward(x, weight, eps, weight_offset)
-    if needs_grad(x, weight, residual):
-        return _AddRmsNorm.apply(x, residual, weight, eps, weight_offset)
-    return _add_forward(x, residual, weight, eps, weight_offset)
+    try:
+        key = (x.is_cpu or x.device, x.dtype, weight is None or weight.dtype)
+        backend = _chosen.get(key) or _choose(key, x, weight)
+        if backend == "reference":
+            check("rms_norm", x, residual, weight=weight)
+            return reference.rms_norm(
+                x, weight, eps, residual=residual, weight_offset=weight_offset
+            )
+        if residual is None:
+            if is_grad_enabled() and needs_grad(x, weight):
+                return _RmsNorm.apply(x, weight, eps, weight_offset)
+            forward = _forward if is_dynamo_compiling() else _forward_direct
+            return forward(x, weight, eps, weight_offset)
+        if is_grad_enabled() and needs_grad(x, weight, residual):
+            return _AddRmsNorm.apply(x, residual, weight, eps, weight_offset)
+        return _add_forward(x, residual, weight, eps, weight_offset)
+    except (AttributeError, RuntimeError):
+        check("rms_norm", x, residual, weight=weight)  # the kernel refused: say which argument
+        raise
 
 
-def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None) -> None:
-    _checks.floating("rms_norm", "x", x)
-    if x.dim() == 0:
-        raise _checks.fail("rms_norm", "x", "of rank 1 or more", "a scalar")
-    if weight is not None:
-        _checks.floating("rms_norm", "weight", weight)
-        _checks.shape("rms_norm", "weight", weight, x.shape[-1:])
-        _checks.same_device("rms_norm", "weight", weight, x)
-    if residual is not None:
-        _checks.floating("rms_norm", "residual", residual)
-        _checks.shape("rms_norm", "residual", residual, x.shape)
-        _checks.same_dtype("rms_norm", "residual", residual, x)
-        _checks.same_device("rms_norm", "residual", residual, x)
+_chosen = memory()
+
+
+def _choose(key: tuple[Any, ...], x: Tensor, weight: Tensor | None) -> str:
+    chosen = choose(
+        "rms_norm",
+        x,
+        weight=None if weight is None else weight.dtype,
+    )
+    return remember(_chosen, key, chosen)

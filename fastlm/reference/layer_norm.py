@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,13 +16,10 @@ def layer_norm(
     residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y = (s - mean) / sqrt(var + eps) * weight + bias, s = x + residual; statistics in fp32."""
-    summed = x if residual is None else x + residual
-    s = summed if summed.dtype == torch.float64 else summed.float()
-    centred = s - s.mean(-1, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight.to(y.dtype)
-    if bias is not None:
-        y = y + bias.to(y.dtype)
-    y = y.to(x.dtype)
+    summed = s = x if residual is None else x + residual
+    if any(v is not None and v.dtype != x.dtype for v in (weight, bias)):  # types mixed
+        s = s if s.dtype == torch.float64 else s.float()
+        weight = None if weight is None else weight.to(s.dtype)
+        bias = None if bias is None else bias.to(s.dtype)
+    y = F.layer_norm(s, x.shape[-1:], weight, bias, eps).to(x.dtype)
     return y if residual is None else (y, summed)
