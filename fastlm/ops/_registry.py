@@ -101,8 +101,8 @@ def memory() -> Memory:
 
 
 def remember(memory: Memory, key: tuple[Any, ...], chosen: str) -> str:
-    """Keeps a verdict of `choose`, but not while recording, when every call is judged."""
-    if _recording is None and not is_dynamo_compiling():
+    """Keeps a verdict of `choose`, but not while recording or compiling."""
+    if _recording is None and not torch.compiler.is_compiling():
         memory[key] = chosen
     return chosen
 
