@@ -145,7 +145,9 @@ def _differentiable(
     return [next(found) if n else None for n in need[: len(inputs)]]
 
 
-_BLOCK = 256  # rows whose intermediates stay in cache
+# Rows at a time. Smaller blocks would keep the intermediates in cache, but the library packs the
+# weights again for each: 256 at a time took up to 1.8 times as long as 2048 at once.
+_BLOCK = 4096
 
 
 def _by_library(
@@ -158,7 +160,7 @@ def _by_library(
     b_gate: Tensor | None,
     kind: int,
 ) -> Tensor:
-    """The library's products around our activation, a block of rows at a time."""
+    """The library's products around our activation, in blocks that bound the memory."""
 
     rows = as_matrix(x)
     y = x.new_empty(len(rows), w_out.shape[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -90,7 +92,8 @@ def test_transposed_weights(backend, dtype, rows, gated):
 
 
 @NATIVE
-def test_without_gradients_as_with_them():
+def test_without_gradients_as_with_them(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("fastlm.ops.feed_forward"), "_BLOCK", 192)
     x, tensors = torch.randn(500, 24), weights(24, 50, 20)
     for backend in ("cpu", "torch"):
         with ops.use_backend(backend):
