@@ -179,7 +179,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="where to write the results (partial runs write only if given)")
     add("--quick", action="store_true", help="the same as --seconds 0.25")
     add("--compile", action="store_true", help="torch.compile as a further peer (slow)")
-    add("--seconds", type=float, default=0.8, help="timing per case (default 0.8)")
+    add("--seconds", type=float, default=0.6, help="timing per case (default 0.6)")
     add("--threads", type=int, help="threads of PyTorch and of the kernels")
     add(
         "--allocator",

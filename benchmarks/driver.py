@@ -15,7 +15,6 @@ from fastlm.ops._registry import recording
 from fastlm.testing import compare
 
 ROTATED = 2**29  # bytes of rotated weights at most
-FACTOR = {"softcap": 3.0}
 
 
 @dataclass
@@ -67,7 +66,7 @@ def run(
     case: Case,
     limits: Limits | None,
     *,
-    seconds: float = 0.8,
+    seconds: float = 0.6,
     compiled: bool = False,
     reference: bool = False,
     realtime: bool = False,

@@ -48,7 +48,7 @@ def interleave(
 ) -> dict[str, Times]:
     """Times each variant; the thunks of a variant are called in rotation.
 
-    Runs for about `seconds`, up to four times that while too many samples are disturbed.
+    Runs for about `seconds`, up to twice that while too many samples are disturbed.
     `realtime` raises the threads' priority during a sample (needs the right to do so).
     """
     turns = {name: itertools.cycle(thunks) for name, thunks in variants.items()}
@@ -67,7 +67,7 @@ def interleave(
                     clean[name].append(wall / calls[name])
             spent = time.perf_counter() - start
             enough = min(map(len, clean.values())) >= LEAST
-            if (spent > seconds and enough) or (spent > 4 * seconds and turn + 1 >= LEAST):
+            if (spent > seconds and enough) or (spent > 2 * seconds and turn + 1 >= LEAST):
                 break
     return {name: _times(clean[name], spoilt[name]) for name in names}
 
