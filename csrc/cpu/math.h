@@ -18,16 +18,10 @@ inline VecF vexp(VecF x) {
   return pow2(p, n);
 }
 
-// e^x for x <= 0, as a softmax needs it: one step of reduction, whose error grows with |x| while
-// the result shrinks as e^x. Minimax polynomials of 2^f on [-1/2, 1/2]: degree 6 is good to 2e-9
-// relative, degree 5, for results that bf16 will hold, to 8e-8. About half the cost of vexp.
+// 2^f on [-1/2, 1/2]: minimax polynomials, degree 6 good to 2e-9 relative, degree 5 to 8e-8.
 template <int kDegree>
-inline VecF vexp_falling(VecF x) {
+inline VecF vpow2_fraction(VecF f) {
   static_assert(kDegree == 5 || kDegree == 6);
-  const VecF log2e = set1(1.44269504088896341f);
-  x = vmax(set1(-104.0f), x);  // operand order: a NaN in x comes through
-  const VecF n = vround(x * log2e);
-  const VecF f = fma(x, log2e, zero() - n);
   VecF p;
   if constexpr (kDegree == 6) {
     p = fma(set1(1.5345810375e-4f), f, set1(1.3399931206e-3f));
@@ -41,7 +35,25 @@ inline VecF vexp_falling(VecF x) {
     p = fma(p, f, set1(2.4022119724e-1f));
     p = fma(p, f, set1(6.9314696706e-1f));
   }
-  return pow2(fma(p, f, set1(1.0f)), n);
+  return fma(p, f, set1(1.0f));
+}
+
+// e^x for x <= 0, as a softmax needs it: one step of reduction, whose error grows with |x| while
+// the result shrinks as e^x. About half the cost of vexp; good for x <= 88 too.
+template <int kDegree>
+inline VecF vexp_falling(VecF x) {
+  const VecF log2e = set1(1.44269504088896341f);
+  x = vmax(set1(-104.0f), x);  // operand order: a NaN in x comes through
+  const VecF n = vround(x * log2e);
+  return pow2(vpow2_fraction<kDegree>(fma(x, log2e, zero() - n)), n);
+}
+
+// 2^y for finite y <= 127.
+template <int kDegree>
+inline VecF vexp2_falling(VecF y) {
+  if constexpr (kLanes != 16) y = vmax(set1(-150.0f), y);  // AVX-512 scales by any power
+  const VecF n = vround(y);
+  return pow2(vpow2_fraction<kDegree>(y - n), n);
 }
 
 // 1 / (1 + e^-x)

@@ -3,18 +3,24 @@
 //   VecF                 kLanes floats; + - * / work on it
 //   load(p), load(p, n)  from float, bf16 or fp16; the second reads n < kLanes lanes, rest 0
 //   store(p, v[, n])     to float, bf16 or fp16, rounding to nearest even
+//   store_two(p, a, b)   2 kLanes bf16 values
 //   stream(p, v)         store past the caches, p aligned to the vector; stream_end() after the
-//   last set1, zero, fma(a, b, c) = a * b + c, vmax, vmin, vabs, vsqrt, vround (to nearest even)
+//                        last
+//   set1, zero, fma(a, b, c) = a * b + c, vmax, vmin, vabs, vsqrt, vround (to nearest even)
 //   pow2(v, n) = v * 2^n for integral n
 //   below(i, n)          mask of the lanes i + lane < n; select(mask, a, b)
-//   less(a, b)           mask
+//   less(a, b)           mask; any(m) whether a lane is set
 //   reduce_add, reduce_max   in a fixed order
 //   reduce_lanes(v[kLanes])  the sums of kLanes vectors as one vector
 //   swap_neighbours(v)   lanes 1, 0, 3, 2, ...
-//   VecH, load_pairs(p), dot2(acc, a, b)   2 kLanes bf16 values: acc[l] += a[2l]b[2l] +
-//   a[2l+1]b[2l+1] broadcast_pair(p)    the bf16 pair at p in every lane
+//   transpose(r)         r[0 .. kLanes) as a square matrix, in place
+//   VecH, load_pairs(p[, n])  2 kLanes bf16 values; dot2(acc, a, b): acc[l] += a[2l]b[2l] +
+//                        a[2l+1]b[2l+1]; broadcast_pair(p) the bf16 pair at p in every lane;
+//                        pair_up(a, b) lane l holds bf16(a[l]), bf16(b[l])
 //   zip(a, b, lo, hi)    pairs (a[i], b[i]) of bf16 values, in an order that suits the processor;
 //   unzip(lo, hi)        puts sums made from lo and hi back into the order of i, in place
+//   as_float(h), as_pairs(v)  the same bits as the other kind of vector
+//   kFastPairs           whether dot2 is one instruction
 //
 // No include guard and no includes: target.cpp includes it once, inside the set's namespace.
 template <class T>

@@ -58,6 +58,10 @@ inline void store(fp16* p, VecF v) {
 inline void store(fp16* p, VecF v, int n) {
   store_halves(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), n);
 }
+inline void store_two(bf16* p, VecF a, VecF b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
 inline void stream(float* p, VecF v) { _mm256_stream_ps(p, v); }
 inline void stream(bf16* p, VecF v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
 inline void stream_end() { _mm_sfence(); }
@@ -88,6 +92,7 @@ inline Mask below(int64_t i, int64_t n) {
 inline VecF select(Mask m, VecF a, VecF b) { return _mm256_blendv_ps(b, a, m); }
 
 inline VecF swap_neighbours(VecF v) { return _mm256_permute_ps(v, 0xb1); }
+inline bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
 
 inline float reduce_add(VecF v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -114,6 +119,33 @@ inline VecF reduce_lanes(const VecF* v) {
   return _mm256_permute2f128_ps(q[0], q[1], 0x20) + _mm256_permute2f128_ps(q[0], q[1], 0x31);
 }
 
+inline void transpose(VecF (&r)[8]) {
+  VecF t[8];
+  for (int i = 0; i < 4; ++i) {  // pairs of rows: 2 x 2 blocks of single lanes
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {  // quadruples of rows: 4 x 4 blocks
+    for (int j = 0; j < 2; ++j) {
+      const __m256d a = _mm256_castps_pd(t[4 * i + j]), b = _mm256_castps_pd(t[4 * i + 2 + j]);
+      r[4 * i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      r[4 * i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {  // whole 128-bit lanes
+    const VecF a = r[i], b = r[i + 4];
+    r[i] = _mm256_permute2f128_ps(a, b, 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+}
+
+constexpr bool kFastPairs = false;
+inline VecF as_float(VecH v) { return _mm256_castsi256_ps(v); }
+inline VecH as_pairs(VecF v) { return _mm256_castps_si256(v); }
+inline VecH pair_up(VecF a, VecF b) {
+  const __m256i low = _mm256_cvtepu16_epi32(narrow(a)), high = _mm256_cvtepu16_epi32(narrow(b));
+  return _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+}
 inline VecH load_pairs(const bf16* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }

@@ -52,6 +52,14 @@ inline void store(fp16* p, VecF v) {
 inline void store(fp16* p, VecF v, int n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+inline void store_two(bf16* p, VecF a, VecF b) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+#else
+  store(p, a);
+  store(p + kLanes, b);
+#endif
+}
 inline void stream(float* p, VecF v) { _mm512_stream_ps(p, v); }
 inline void stream(bf16* p, VecF v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v));
@@ -76,6 +84,7 @@ inline Mask below(int64_t i, int64_t n) {
 inline VecF select(Mask m, VecF a, VecF b) { return _mm512_mask_mov_ps(b, m, a); }
 
 inline VecF swap_neighbours(VecF v) { return _mm512_permute_ps(v, 0xb1); }
+inline bool any(Mask m) { return m != 0; }
 
 // Not _mm512_reduce_*: GCC 12 warns of an uninitialised operand inside them.
 inline __m256 lower_half(VecF v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
@@ -111,6 +120,42 @@ inline VecF reduce_lanes(const VecF* v) {
   return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
 }
 
+inline void transpose(VecF (&r)[16]) {
+  VecF t[16];
+  for (int i = 0; i < 8; ++i) {  // pairs of rows: 2 x 2 blocks of single lanes
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {  // quadruples of rows: 4 x 4 blocks
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[4 * i + j]), b = _mm512_castps_pd(t[4 * i + 2 + j]);
+      r[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      r[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {  // whole 128-bit lanes
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool kFastPairs = true;
+#else
+constexpr bool kFastPairs = false;
+#endif
+inline VecF as_float(VecH v) { return _mm512_castsi512_ps(v); }
+inline VecH as_pairs(VecF v) { return _mm512_castps_si512(v); }
+inline VecH pair_up(VecF a, VecF b) {
+  const __m512i low = _mm512_cvtepu16_epi32(narrow(a)), high = _mm512_cvtepu16_epi32(narrow(b));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
 inline VecH load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }
 inline VecH load_pairs(const bf16* p, int n) {  // n values, n < 2 kLanes
   return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1u), p);

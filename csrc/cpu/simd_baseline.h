@@ -49,6 +49,10 @@ inline void store(T* p, VecF v, int n) {
   store(buffer, v);
   memcpy(p, buffer, sizeof(T) * static_cast<size_t>(n));
 }
+inline void store_two(bf16* p, VecF a, VecF b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
 template <class T>
 inline void stream(T* p, VecF v) {
   store(p, v);
@@ -85,6 +89,7 @@ inline Mask below(int64_t i, int64_t n) {
 inline VecF select(Mask m, VecF a, VecF b) { return m ? a : b; }
 
 inline VecF swap_neighbours(VecF v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2); }
+inline bool any(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
 
 inline float reduce_add(VecF v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline float reduce_max(VecF v) { return max_of(max_of(v[0], v[2]), max_of(v[1], v[3])); }
@@ -98,6 +103,23 @@ inline VecF reduce_lanes(const VecF* v) {
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
+inline void transpose(VecF (&r)[4]) {
+  const VecF a = r[0], b = r[1], c = r[2], d = r[3];
+  for (int i = 0; i < 4; ++i) r[i] = VecF{a[i], b[i], c[i], d[i]};
+}
+
+constexpr bool kFastPairs = false;
+inline VecH as_pairs(VecF v) { return as_bits(v); }
+inline VecH pair_up(VecF a, VecF b) {
+  bf16 halves[8];
+  store(halves, a);
+  store(halves + 4, b);
+  VecH pairs;
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = halves[i].bits | static_cast<uint32_t>(halves[i + 4].bits) << 16;
+  }
+  return pairs;
+}
 inline VecH load_pairs(const bf16* p) {
   VecH v;
   memcpy(&v, p, sizeof v);

@@ -3,16 +3,136 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._registry import choose, register
+from fastlm.ops._library import define, needs_grad
+from fastlm.ops._registry import Backend, choose, native, register
 
-register("attention")
+_NATIVE = native(torch.float32, torch.bfloat16)
+
+
+def _cpu_unsupported(dtype: torch.dtype, *, form: str, options: tuple[str, ...]) -> list[str]:
+    reasons = _NATIVE(dtype)
+    for option in ("gradient of mask", "gradient of alibi_slopes"):
+        if option in options:
+            reasons.append(f"makes no {option}")
+    if "fp16 or fp64 mask" in options:
+        reasons.append("takes a mask of bool, float32 or bfloat16")
+    return reasons
+
+
+def _torch_unsupported(dtype: torch.dtype, *, form: str, options: tuple[str, ...]) -> list[str]:
+    reasons = [f"has no {option}" for option in options if option in _OURS]
+    if form == "packed":
+        reasons.append("has no packed sequences")
+    if "causal" in options and form != "square":
+        reasons.append("with causal puts the first query, not the last, beside the key it sees")
+    if "causal" in options and "mask" in options:
+        reasons.append("takes causal or a mask, not both")
+    return reasons
+
+
+_OURS = ("window", "softcap", "alibi_slopes", "sinks", "return_lse")
+register(
+    "attention",
+    Backend("cpu", ("cpu",), _cpu_unsupported),
+    Backend("torch", (), _torch_unsupported),
+)
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? starts_q,"
+    " Tensor? starts_k, bool causal, int window, float scale, float softcap"
+)
+
+
+def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """A packed tensor, or [B, H, T, Dv] in the memory of a [B, T, H, Dv]."""
+    if q.dim() == 3:
+        return q.new_empty((*q.shape[:2], v.shape[-1]))
+    batch, heads, rows, _ = q.shape
+    return q.new_empty((batch, rows, heads, v.shape[-1])).transpose(1, 2)
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    """[0] is the log-sum-exp, [1] what rounding it to fp32 took off, for the backward."""
+    shape = (2, q.shape[1], q.shape[0]) if q.dim() == 3 else (2, *q.shape[:3])
+    return q.new_empty(shape, dtype=torch.float32)
+
+
+def _empty_gradient(x: Tensor) -> Tensor:
+    """In the order of heads and rows in memory that x has."""
+    if x.dim() == 4 and x.stride(1) < x.stride(2):
+        return _empty_out(x, x)
+    return x.new_empty(x.shape)
+
+
+_forward = define(f"attention({_ARGUMENTS}) -> Tensor", lambda q, k, v, *options: _empty_out(q, v))
+_forward_lse = define(
+    f"attention_lse({_ARGUMENTS}) -> (Tensor, Tensor)",
+    lambda q, k, v, *options: (_empty_out(q, v), _empty_lse(q)),
+)
+_backward = define(
+    "attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
+    " Tensor lse, Tensor? mask, Tensor? slopes, Tensor? starts_q, Tensor? starts_k, bool causal,"
+    " int window, float scale, float softcap) -> (Tensor, Tensor, Tensor)",
+    lambda grad, grad_lse, q, k, v, *rest: tuple(_empty_gradient(x) for x in (q, k, v)),
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+        starts_q: Tensor | None,
+        starts_k: Tensor | None,
+        numbers: tuple[bool, int, float, float],
+        return_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        wide = None if sinks is None else sinks.float()
+        out, lse = _forward_lse(q, k, v, mask, slopes, wide, starts_q, starts_k, *numbers)
+        ctx.save_for_backward(q, k, v, out, lse, mask, slopes, sinks, starts_q, starts_k)
+        ctx.numbers = numbers
+        return (out, lse[0]) if return_lse else out
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor, grad_lse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, mask, slopes, sinks, starts_q, starts_k = ctx.saved_tensors
+        dq, dk, dv = _backward(
+            grad, grad_lse, q, k, v, out, lse, mask, slopes, starts_q, starts_k, *ctx.numbers
+        )
+        dsinks = None
+        if ctx.needs_input_grad[5]:
+            dsinks = _sinks_gradient(grad, grad_lse, out, lse, sinks)
+        return dq, dk, dv, None, None, dsinks, None, None, None, None
+
+
+def _sinks_gradient(
+    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor
+) -> Tensor:
+    """A sink only takes weight away: d sink = -sum_i p_i(sink) (grad_i . out_i - grad_lse_i)."""
+    delta = (grad.float() * out.float()).sum(-1)
+    if out.dim() == 3:
+        delta = delta.transpose(0, 1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    exact = lse[0].double() + lse[1]
+    weight = torch.exp(sinks.double().unsqueeze(-1) - exact).masked_fill(exact == -math.inf, 0.0)
+    by_head = (weight * delta).transpose(-1, -2).reshape(-1, sinks.shape[0])
+    return -by_head.sum(0).to(sinks.dtype)
 
 
 @overload
@@ -111,19 +231,46 @@ def attention(
     """
     if cu_seqlens_q is None:
         _check(q, k, v)
+        form = "square" if q.shape[2] == k.shape[2] else "oblong"
         if cu_seqlens_k is not None:
             raise _checks.fail("attention", "cu_seqlens_k", "given with cu_seqlens_q", "alone")
     else:
         _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, mask)
+        form = "packed"
+    options: tuple[str, ...] = ("causal",) if causal else ()
+    if return_lse:
+        options += ("return_lse",)
     if not (window is softcap is alibi_slopes is sinks is mask is None):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         _check_options(q, k, batch, window, softcap, alibi_slopes, sinks, mask)
+        options += _given(window, softcap, alibi_slopes, sinks, mask)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    choose("attention", q)
+
+    backend = choose("attention", q, form=form, options=options)
+    if backend == "cpu":
+        numbers = (causal, window or 0, scale, softcap or 0.0)
+        slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
+        if needs_grad(q, k, v, sinks):
+            return _Attention.apply(
+                q, k, v, mask, slopes, sinks, cu_seqlens_q, cu_seqlens_k, numbers, return_lse
+            )
+        wide = None if sinks is None else sinks.float()
+        tables = (mask, slopes, wide, cu_seqlens_q, cu_seqlens_k)
+        if not return_lse:
+            return _forward(q, k, v, *tables, *numbers)
+        out, lse = _forward_lse(q, k, v, *tables, *numbers)
+        return out, lse[0]
+    if backend == "torch":
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype)
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
     return reference.attention(
         q,
         k,
@@ -139,6 +286,34 @@ def attention(
         cu_seqlens_k=cu_seqlens_k,
         return_lse=return_lse,
     )
+
+
+def _given(
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[str, ...]:
+    """The options of a call by name, for the chooser."""
+    names = []
+    if window is not None:
+        names.append("window")
+    if softcap is not None:
+        names.append("softcap")
+    if alibi_slopes is not None:
+        names.append("alibi_slopes")
+        if needs_grad(alibi_slopes):
+            names.append("gradient of alibi_slopes")
+    if sinks is not None:
+        names.append("sinks")
+    if mask is not None:
+        names.append("mask")
+        if mask.dtype in (torch.float16, torch.float64):
+            names.append("fp16 or fp64 mask")
+        if needs_grad(mask):
+            names.append("gradient of mask")
+    return tuple(names)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

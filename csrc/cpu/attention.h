@@ -1,0 +1,231 @@
+// attention forward; the backward is in attention_backward.h.
+// Computes   out_i = sum_j softmax_j(s_ij) v_j, s_ij = cap(scale q_i.k_j) - slope |p_i-j| + mask_ij
+// Algorithm  a task owns some query blocks of one kv head (rows of all heads that share it) and
+//            walks the key blocks they see, packing each once: k transposed, v as it is. Per block:
+//            scores in 6 x 4-vector register tiles, running maximum, exponentials, weights times v
+//            into an fp32 block; sums are rescaled only when a maximum grows
+// Tile       64 queries x 64 keys; key blocks outside all sight are skipped, columns past the
+//            diagonal left out per group of 6 rows
+// Traffic    q, out once; k, v once per task from cache; nothing of size tq x tk is ever stored
+// Numerics   fp32 scores, softmax and sums; bf16 products of bf16 pairs with fp32 sums where the
+//            processor has them, weights then rounded to bf16; blocks start at fixed rows, so the
+//            bits depend neither on threads nor on tasks; rows that see nothing give 0 and -inf
+// Source     arXiv:2307.08691, algorithm 1
+#include "cpu/norm_rows.h"
+#include "cpu/attention_tile.h"
+#include "cpu/attention_backward.h"
+
+template <class E>
+struct ForwardMemory {
+  int64_t q_width, o_width;
+  float *q, *o, *sums, *maxima, *keys, *values, *scores, *weights, *bias;
+  int64_t floats;
+
+  ForwardMemory(const AttentionForward& f, float* base) {
+    const Attention& a = f.a;
+    const int64_t blocks = attention_blocks(a.tq * (a.heads / a.kv_heads));
+    const int64_t rows = kBlock * min_of(blocks, f.blocks_per_task);
+    Arena arena{base};
+    q_width = padded(words_of(a.d, E::kPer));
+    o_width = padded(a.dv);
+    q = arena.take(rows * q_width);
+    o = arena.take(rows * o_width);
+    sums = arena.take(rows * kLanes);  // one partial sum per lane
+    maxima = arena.take(rows);
+    keys = arena.take(words_of(a.d, E::kPer) * kBlock);
+    values = arena.take(kBlock / E::kPer * o_width);
+    scores = arena.take(kBlock * kBlock);
+    weights = E::kPer == 1 ? scores : arena.take(kBlock * kBlock / E::kPer);
+    bias = arena.take(kBlock);
+    floats = arena.used;
+  }
+};
+
+inline void store_weights(Singles, float* row, int64_t j, VecF a, VecF b) {
+  store(row + j, a);
+  store(row + j + kLanes, b);
+}
+inline void store_weights(Pairs, float* row, int64_t j, VecF a, VecF b) {
+  store_two(reinterpret_cast<bf16*>(row) + j, a, b);
+}
+
+constexpr int kRowVectors = static_cast<int>(kBlock / kLanes);
+
+inline VecF largest(const float* s, int vectors) {
+  VecF top = load(s);
+  for (int j = 1; j < vectors; ++j) top = vmax(top, load(s + j * kLanes));
+  return top;
+}
+
+// Weights e^(s - shift) of a whole row of plain scores, stored; returns sum + their lane-wise sum.
+// The shift's rounding in base 2 is the same for all of them and divides out.
+template <class E>
+inline VecF weigh_plain(const float* s, float shift, VecF sum, float* w) {
+  constexpr float kLog2E = 1.44269504088896341f;
+  const VecF base = set1(-shift * kLog2E), unit = set1(kLog2E);
+#pragma GCC unroll 8
+  for (int j = 0; j < kRowVectors; j += 2) {
+    const VecF a = vexp2_falling<E::kDegree>(fma(load(s + j * kLanes), unit, base));
+    const VecF b = vexp2_falling<E::kDegree>(fma(load(s + (j + 1) * kLanes), unit, base));
+    sum = sum + (a + b);
+    store_weights(E(), w, j * kLanes, a, b);
+  }
+  return sum;
+}
+
+// The same for scores of any size, -inf among them.
+template <class E>
+inline VecF weigh(const float* s, int vectors, float shift, VecF sum, float* w) {
+  const VecF base = set1(shift == -HUGE_VALF ? 0.0f : shift);
+  for (int j = 0; j < vectors; j += 2) {
+    const VecF a = vexp_falling<E::kDegree>(load(s + j * kLanes) - base);
+    const VecF b =
+        j + 1 < vectors ? vexp_falling<E::kDegree>(load(s + (j + 1) * kLanes) - base) : zero();
+    sum = sum + (a + b);
+    store_weights(E(), w, j * kLanes, a, b);
+  }
+  return sum;
+}
+
+// A row's maximum follows its scores only when they pass it by this much: weights up to e^8 lose
+// nothing in floating point, and hardly any row has to be rescaled after its first block.
+constexpr float kSlack = 8.0f;
+
+// Takes the row's new maximum into account: what was summed so far shrinks.
+template <class E>
+[[gnu::noinline]] void raise_maximum(const ForwardMemory<E>& m, int64_t row, float larger,
+                                     bool started) {
+  const float before = m.maxima[row];
+  m.maxima[row] = larger;
+  if (before == -HUGE_VALF) return;  // nothing yet
+  const VecF factor = vexp_falling<E::kDegree>(set1(before - larger));
+  float *sums = m.sums + row * kLanes, *o = m.o + row * m.o_width;
+  store(sums, load(sums) * factor);
+  if (!started) return;
+  for (int64_t d = 0; d < m.o_width; d += kLanes) store(o + d, load(o + d) * factor);
+}
+
+// One block of queries against one block of keys. `local` is the block's first row in the task.
+template <class E>
+[[gnu::noinline]] void forward_block(const AttentionForward& f, const ForwardMemory<E>& m,
+                                     Scores& scores, int64_t r0, int64_t rows, int64_t local,
+                                     bool started) {
+  const Head& head = scores.head;
+  const int64_t weight_width = kBlock / E::kPer;
+  const bool plain = scores.plain(r0, r0 + rows);
+  int64_t seen[(kBlock + kTileRows - 1) / kTileRows];  // keys in sight of each group's last row
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    const int n = static_cast<int>(min_of<int64_t>(kTileRows, rows - i));
+    const int64_t high = head.high(r0 + i + n - 1) - scores.k0;
+    const int64_t keys = max_of<int64_t>(0, min_of(high, scores.keys));
+    seen[i / kTileRows] = keys;
+    row_group<E>(n, vectors_of(keys), words_of(f.a.d, E::kPer),
+                 {m.q + (local + i) * m.q_width, m.q_width, 1}, {m.keys, kBlock},
+                 {m.scores + i * kBlock, kBlock}, false, f.a.scale);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const int vectors = vectors_of(seen[i / kTileRows]);
+    if (vectors == 0) continue;
+    float* s = m.scores + i * kBlock;
+    float* sums = m.sums + (local + i) * kLanes;
+    if (!plain) scores.finish(r0 + i, s, vectors, nullptr);
+    const VecF top = largest(s, vectors);
+    if (any(less(set1(m.maxima[local + i] + kSlack), top))) {
+      raise_maximum(m, local + i, reduce_max(top), started);
+    }
+    const float shift = m.maxima[local + i];
+    float* w = m.weights + i * weight_width;
+    store(sums, plain ? weigh_plain<E>(s, shift, load(sums), w)
+                      : weigh<E>(s, vectors, shift, load(sums), w));
+  }
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    const int n = static_cast<int>(min_of<int64_t>(kTileRows, rows - i));
+    row_group<E>(n, vectors_of(f.a.dv), words_of(seen[i / kTileRows], E::kPer),
+                 {m.weights + i * weight_width, weight_width, 1}, {m.values, m.o_width},
+                 {m.o + (local + i) * m.o_width, m.o_width}, started, 1.0f);
+  }
+}
+
+// Divides by the sums and writes a block's rows.
+template <class T, class E>
+void finish_rows(const AttentionForward& f, const ForwardMemory<E>& m, const Head& head, int64_t r0,
+                 int64_t rows, int64_t local, bool started) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float total = reduce_add(load(m.sums + (local + i) * kLanes));
+    const float* o = m.o + (local + i) * m.o_width;
+    T* out = head.query_row<T>(f.out, r0 + i);
+    const VecF scale = set1(total == 0.0f ? 0.0f : 1.0f / total);
+    for_vectors(f.a.dv, [&](int64_t d, auto... n) {
+      store(out + d, started ? load(o + d) * scale : zero(), n...);
+    });
+    if (f.lse != nullptr) {
+      const int64_t at = head.lse_at(r0 + i);
+      const double lse =
+          total == 0.0f ? -HUGE_VAL : static_cast<double>(m.maxima[local + i]) + log(total);
+      f.lse[at] = static_cast<float>(lse);
+      f.lse[f.a.lse_size + at] = total == 0.0f ? 0.0f : static_cast<float>(lse - f.lse[at]);
+    }
+  }
+}
+
+template <class T>
+void forward_task(const AttentionForward& f, int64_t task, float* scratch) {
+  using E = Engine<T>;
+  const Attention& a = f.a;
+  const int64_t chunks = attention_query_chunks(a, f.blocks_per_task);
+  const Head head(a, task / chunks);  // the last rows first: under a causal mask they see most
+  const int64_t begin = (chunks - 1 - task % chunks) * f.blocks_per_task * kBlock;
+  const int64_t end = min_of(head.rows, begin + f.blocks_per_task * kBlock);
+  if (begin >= end) return;
+
+  const ForwardMemory<E> m(f, scratch);
+  for (int64_t r = begin; r < end; ++r) {
+    pack_row<E>(head.query_row<const T>(a.q, r), a.d, m.q + (r - begin) * m.q_width);
+    const float sink = a.sinks == nullptr ? -HUGE_VALF : a.sinks[head.query_head(r)];
+    m.maxima[r - begin] = sink;
+    float* sums = m.sums + (r - begin) * kLanes;
+    store(sums, zero());
+    if (sink != -HUGE_VALF) sums[0] = 1.0f;
+  }
+
+  uint64_t started = 0;  // one bit per block of the task
+  const int64_t low = head.low(begin), high = head.high(end - 1);
+  for (int64_t k0 = low / kBlock * kBlock; k0 < high; k0 += kBlock) {
+    const int64_t keys = min_of(kBlock, high - k0);
+    pack_transposed<E>(head.key_row<const T>(a.k, k0), a.k.row, keys, a.d, m.keys);
+    pack_rows<E>(head.key_row<const T>(a.v, k0), a.v.row, keys, a.dv, m.values, m.o_width);
+    if (k0 + kBlock < high) {
+      const int64_t next = k0 + kBlock, count = min_of(kBlock, high - next);
+      prefetch_rows(head.key_row<const T>(a.k, next), a.k.row, count, a.d);
+      prefetch_rows(head.key_row<const T>(a.v, next), a.v.row, count, a.dv);
+    }
+    Scores scores{head, k0, keys, m.bias};
+    for (int64_t r0 = begin; r0 < end; r0 += kBlock) {
+      const int64_t rows = min_of(kBlock, end - r0), block = (r0 - begin) / kBlock;
+      if (k0 >= head.high(r0 + rows - 1) || k0 + keys <= head.low(r0)) continue;
+      forward_block<E>(f, m, scores, r0, rows, r0 - begin, (started >> block & 1) != 0);
+      started |= uint64_t{1} << block;
+    }
+  }
+  for (int64_t r0 = begin; r0 < end; r0 += kBlock) {
+    const int64_t block = (r0 - begin) / kBlock;
+    finish_rows<T>(f, m, head, r0, min_of(kBlock, end - r0), r0 - begin,
+                   (started >> block & 1) != 0);
+  }
+}
+
+int64_t forward_scratch(const AttentionForward& f) {
+  return f.a.dtype == DType::kFloat32 ? ForwardMemory<Engine<float>>(f, nullptr).floats
+                                      : ForwardMemory<Engine<bf16>>(f, nullptr).floats;
+}
+void forward(const AttentionForward& f, int64_t task, float* scratch) {
+  f.a.dtype == DType::kFloat32 ? forward_task<float>(f, task, scratch)
+                               : forward_task<bf16>(f, task, scratch);
+}
+
+FASTLM_EXPORT(AttentionKernels, attention) = {
+    forward_scratch,
+    forward,
+    backward_scratch,
+    backward,
+};

@@ -1,0 +1,360 @@
+// What both directions of attention are made of: engines, register tiles, packing, score rows.
+// Included by attention.h, inside the set's namespace.
+//
+// All operands of the products are 32-bit words. With the engine Singles a word is one fp32 value;
+// with Pairs it is two neighbouring bf16 values along the summed dimension, and one multiply-add
+// sums both. The same tiles, packings and loops serve both; only `mac` differs.
+struct Singles {
+  static constexpr int kPer = 1;     // values per word
+  static constexpr int kDegree = 6;  // of the exponential
+  // steps of a partial sum of scores and of gradients; without fused multiply-adds steps lose more
+  static constexpr int64_t kChain = kLanes == 4 ? 16 : 64, kSumChain = kLanes == 4 ? 16 : 32;
+  static VecF mac(VecF acc, VecF a, VecF b) { return fma(a, b, acc); }
+};
+struct Pairs {
+  static constexpr int kPer = 2;
+  static constexpr int kDegree = 5;
+  static constexpr int64_t kChain = 64, kSumChain = 64;
+  static VecF mac(VecF acc, VecF a, VecF b) { return dot2(acc, as_pairs(a), as_pairs(b)); }
+};
+template <class T, bool kPaired>
+struct EngineOf {
+  using Type = Singles;
+};
+template <>
+struct EngineOf<bf16, true> {
+  using Type = Pairs;
+};
+template <class T>
+using Engine = typename EngineOf<T, kFastPairs>::Type;
+
+constexpr int64_t kBlock = kAttentionBlock;
+
+inline int64_t words_of(int64_t values, int per) { return (values + per - 1) / per; }
+inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+inline int vectors_of(int64_t n) { return static_cast<int>((n + kLanes - 1) / kLanes); }
+
+// ---- register tiles: c[rows, vectors] = scale * a b, or c += scale * a b ----
+
+struct Left {  // word (i, k) at p[i * row + k * step]
+  const float* p;
+  int64_t row, step;
+};
+struct Right {  // words of step k from p + k * row on
+  const float* p;
+  int64_t row;
+};
+struct Target {
+  float* p;
+  int64_t row;
+};
+
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = kLanes == 16 ? 4 : 2;  // 6 x 4 of 32 registers, 6 x 2 of 16
+
+// A small tile sums in several chains, which hides the latency of the multiply-adds and rounds
+// less.
+template <class E, int kRows, int kVectors>
+void tile(Left a, Right b, Target c, int64_t steps, bool add, VecF scale) {
+  constexpr int kRoom = kTileRows * kTileVectors / (kRows * kVectors);
+  constexpr int kChains = kRoom >= 4 ? 4 : kRoom >= 2 ? 2 : 1;
+  VecF acc[kChains][kRows][kVectors];
+#pragma GCC unroll 4
+  for (int n = 0; n < kChains; ++n) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) acc[n][i][j] = zero();
+    }
+  }
+  const auto step = [&](int64_t k, VecF(&sums)[kRows][kVectors]) {
+    VecF right[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) right[j] = load(b.p + k * b.row + j * kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      const VecF left = set1(a.p[i * a.row + k * a.step]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = E::mac(sums[i][j], left, right[j]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kChains <= steps; k += kChains) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kChains; ++n) step(k + n, acc[n]);
+  }
+  for (; k < steps; ++k) step(k, acc[0]);
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      VecF sum = acc[0][i][j];
+      if constexpr (kChains == 2) sum = sum + acc[1][i][j];
+      if constexpr (kChains == 4) sum = (sum + acc[1][i][j]) + (acc[2][i][j] + acc[3][i][j]);
+      float* p = c.p + i * c.row + j * kLanes;
+      store(p, add ? fma(sum, scale, load(p)) : sum * scale);
+    }
+  }
+}
+
+using TileFunction = void (*)(Left, Right, Target, int64_t, bool, VecF);
+template <class E>
+struct Tiles {
+  static constexpr TileFunction kOf[4][kTileRows] = {
+      {tile<E, 1, 1>, tile<E, 2, 1>, tile<E, 3, 1>, tile<E, 4, 1>, tile<E, 5, 1>, tile<E, 6, 1>},
+      {tile<E, 1, 2>, tile<E, 2, 2>, tile<E, 3, 2>, tile<E, 4, 2>, tile<E, 5, 2>, tile<E, 6, 2>},
+#if defined(__AVX512F__)
+      {tile<E, 1, 3>, tile<E, 2, 3>, tile<E, 3, 3>, tile<E, 4, 3>, tile<E, 5, 3>, tile<E, 6, 3>},
+      {tile<E, 1, 4>, tile<E, 2, 4>, tile<E, 3, 4>, tile<E, 4, 4>, tile<E, 5, 4>, tile<E, 6, 4>},
+#endif
+  };
+};
+
+// Up to kTileRows rows of c, all columns. Long sums are made of partial sums of kChain steps: a
+// shorter chain of roundings halves the error, and every block of 64 keys or queries is one.
+template <class E, int64_t kChain = E::kChain>
+inline void row_group(int rows, int vectors, int64_t steps, Left a, Right b, Target c, bool add,
+                      float scale) {
+  for (int j = 0; j < vectors; j += kTileVectors) {
+    const TileFunction run = Tiles<E>::kOf[min_of(kTileVectors, vectors - j) - 1][rows - 1];
+    const Target to{c.p + j * kLanes, c.row};
+    int64_t k = 0;
+    do {
+      run({a.p + k * a.step, a.row, a.step}, {b.p + k * b.row + j * kLanes, b.row}, to,
+          min_of(kChain, steps - k), add || k > 0, set1(scale));
+      k += kChain;
+    } while (k < steps);
+  }
+}
+
+// ---- packing ----
+
+inline VecF load_words(Singles, const float* p) { return load(p); }
+inline VecF load_words(Singles, const float* p, int n) { return load(p, n); }
+inline VecF load_words(Singles, const bf16* p) { return load(p); }
+inline VecF load_words(Singles, const bf16* p, int n) { return load(p, n); }
+inline VecF load_words(Pairs, const bf16* p) { return as_float(load_pairs(p)); }
+inline VecF load_words(Pairs, const bf16* p, int n) { return as_float(load_pairs(p, n)); }
+
+// n values as words, zero up to a whole vector.
+template <class E, class T>
+inline void pack_row(const T* src, int64_t n, float* dst) {
+  constexpr int kStep = kLanes * E::kPer;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep, dst += kLanes) store(dst, load_words(E(), src + i));
+  if (i < n) store(dst, load_words(E(), src + i, static_cast<int>(n - i)));
+}
+
+// Two rows (odd may be null) as one row of words of a sum over rows.
+template <class T>
+inline void pack_pair(const T* even, const T* odd, int64_t n, float* dst) {
+  for_vectors(n, [&](int64_t i, auto... lanes) {
+    const VecF second = odd == nullptr ? zero() : load(odd + i, lanes...);
+    store(dst + i, as_float(pair_up(load(even + i, lanes...), second)));
+  });
+}
+
+// Rows as the right operand of a sum over rows: Pairs puts rows 2i and 2i + 1 into one.
+template <class E, class T>
+inline void pack_rows(const T* src, int64_t stride, int64_t rows, int64_t n, float* dst,
+                      int64_t width) {
+  for (int64_t r = 0; r < rows; r += E::kPer, src += E::kPer * stride, dst += width) {
+    if constexpr (E::kPer == 1) {
+      pack_row<E>(src, n, dst);
+    } else {
+      pack_pair(src, r + 1 < rows ? src + stride : nullptr, n, dst);
+    }
+  }
+}
+
+// Rows as the right operand of a sum along rows: word w of row r goes to dst[w * kBlock + r];
+// rows up to the next whole vector become zero.
+template <class E, class T>
+inline void pack_transposed(const T* src, int64_t stride, int64_t rows, int64_t n, float* dst) {
+  const int64_t words = words_of(n, E::kPer);
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t w = 0; w < words; w += kLanes) {
+      const int64_t left = n - w * E::kPer;
+      VecF square[kLanes];
+      if (r + kLanes <= rows && left >= kLanes * E::kPer) {
+        for (int i = 0; i < kLanes; ++i) {
+          square[i] = load_words(E(), src + (r + i) * stride + w * E::kPer);
+        }
+      } else {
+        const int take = static_cast<int>(min_of<int64_t>(left, kLanes * E::kPer));
+        for (int i = 0; i < kLanes; ++i) {
+          const T* p = src + (r + i) * stride + w * E::kPer;
+          if (r + i >= rows) {
+            square[i] = zero();
+          } else {
+            square[i] = take < kLanes * E::kPer ? load_words(E(), p, take) : load_words(E(), p);
+          }
+        }
+      }
+      transpose(square);
+      const int64_t take = min_of<int64_t>(kLanes, words - w);
+      for (int64_t i = 0; i < take; ++i) store(dst + (w + i) * kBlock + r, square[i]);
+    }
+  }
+}
+
+// Asks for rows that are needed soon, to arrive while products run.
+template <class T>
+inline void prefetch_rows(const T* p, int64_t stride, int64_t rows, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p + r * stride + i, 0, 2);
+  }
+}
+
+// ---- softmax ----
+
+// tanh: Cephes' polynomial near zero, exponentials beyond.
+inline VecF tanh_of(VecF x) {
+  const VecF size = vabs(x), z = x * x;
+  VecF p = set1(-5.70498872745e-3f);
+  p = fma(p, z, set1(2.06390887954e-2f));
+  p = fma(p, z, set1(-5.37397155531e-2f));
+  p = fma(p, z, set1(1.33314422036e-1f));
+  p = fma(p, z, set1(-3.33332819422e-1f));
+  const VecF near = fma(p * z, x, x);
+  const VecF e = vexp_falling<6>(set1(-2.0f) * size);
+  const VecF far = (set1(1.0f) - e) / (set1(1.0f) + e);
+  const VecF signed_far = select(less(x, zero()), zero() - far, far);
+  return select(less(size, set1(0.625f)), near, signed_far);
+}
+
+// One kv head of one sequence with the query heads that share it. Row r of the head is query
+// r / group of head r % group: all that read the same keys lie together.
+struct Head {
+  const Attention& a;
+  int64_t b, h, group, tq, tk, rows, first_q, first_k;
+
+  Head(const Attention& args, int64_t index)
+      : a(args), b(index / a.kv_heads), h(index % a.kv_heads), group(a.heads / a.kv_heads) {
+    first_q = a.starts_q == nullptr ? 0 : a.starts_q[b];
+    first_k = a.starts_k == nullptr ? 0 : a.starts_k[b];
+    tq = a.starts_q == nullptr ? a.tq : a.starts_q[b + 1] - first_q;
+    tk = a.starts_k == nullptr ? a.tk : a.starts_k[b + 1] - first_k;
+    rows = tq * group;
+  }
+  int64_t query_head(int64_t r) const { return h * group + (group == 1 ? 0 : r % group); }
+  int64_t query(int64_t r) const { return group == 1 ? r : r / group; }
+  int64_t position(int64_t r) const { return query(r) + tk - tq; }
+
+  template <class T>
+  T* query_row(const HeadRows& x, int64_t r) const {
+    return static_cast<T*>(x.data) + b * x.batch + query_head(r) * x.head +
+           (first_q + query(r)) * x.row;
+  }
+  template <class T>
+  T* key_row(const HeadRows& x, int64_t j) const {
+    return static_cast<T*>(x.data) + b * x.batch + h * x.head + (first_k + j) * x.row;
+  }
+  int64_t lse_at(int64_t r) const {
+    return b * a.lse_batch + query_head(r) * a.lse_head + first_q + query(r);
+  }
+
+  // Keys [low, high) that row r can see, masks aside.
+  int64_t low(int64_t r) const {
+    return a.window == 0 ? 0 : min_of(tk, max_of<int64_t>(0, position(r) - a.window + 1));
+  }
+  int64_t high(int64_t r) const {
+    if (a.causal) return max_of<int64_t>(0, min_of(tk, position(r) + 1));
+    return a.window == 0 ? tk : max_of<int64_t>(0, min_of(tk, position(r) + a.window));
+  }
+  // First row that sees keys up to j, and the row after the last that sees key j.
+  int64_t first_row(int64_t j) const {
+    const int64_t ahead = a.causal ? 0 : a.window == 0 ? tk + tq : a.window - 1;
+    return min_of(rows, max_of<int64_t>(0, (j - ahead - (tk - tq)) * group));
+  }
+  int64_t last_row(int64_t j) const {
+    if (a.window == 0) return rows;
+    return min_of(rows, max_of<int64_t>(0, (j + a.window - (tk - tq)) * group));
+  }
+};
+
+// Turns the scaled products of rows and keys [k0, k0 + keys) into scores: soft-cap, slopes, mask,
+// and -inf for what a row does not see.
+struct Scores {
+  const Head& head;
+  int64_t k0, keys;
+  float* bias;  // [kBlock] room for one row of slopes and mask
+  bool filled = false;
+
+  bool has_bias() const { return head.a.slopes != nullptr || head.a.mask != nullptr; }
+
+  // Whether the products of rows [r0, r1) are scores as they are.
+  bool plain(int64_t r0, int64_t r1) const {
+    return !has_bias() && head.a.softcap == 0.0f && keys == kBlock && head.high(r0) >= k0 + keys &&
+           head.low(r1 - 1) <= k0;
+  }
+
+  // slope[j] receives d cap / d s of the soft-cap when wanted.
+  void finish(int64_t r, float* s, int vectors, float* slope) {
+    const VecF hidden = set1(-HUGE_VALF);
+    const bool biased = has_bias();
+    if (biased) fill_bias(r);
+    const int64_t low = head.low(r) - k0, high = min_of(head.high(r) - k0, keys);
+    for (int64_t j = 0; j < vectors * kLanes; j += kLanes) {
+      VecF x = load(s + j);
+      if (head.a.softcap != 0.0f) {
+        const VecF cap = set1(head.a.softcap), t = tanh_of(x / cap);
+        if (slope != nullptr) store(slope + j, set1(1.0f) - t * t);
+        x = cap * t;
+      }
+      if (biased) x = x + load(bias + j);
+      x = select(below(j, high), x, hidden);
+      store(s + j, select(below(j, low), hidden, x));
+    }
+  }
+
+  template <class M, class F>
+  void add_mask(int64_t r, const F& value) {
+    const Attention& a = head.a;
+    const M* m = static_cast<const M*>(a.mask) + head.b * a.mask_batch +
+                 head.query_head(r) * a.mask_head + head.query(r) * a.mask_row + k0 * a.mask_key;
+    if (a.mask_key == 1) {
+      for (int64_t j = 0; j < keys; ++j) bias[j] += value(m[j]);
+    } else {
+      for (int64_t j = 0; j < keys; ++j) bias[j] += value(m[j * a.mask_key]);
+    }
+  }
+
+  void fill_bias(int64_t r) {
+    const Attention& a = head.a;
+    const bool same = a.slopes == nullptr && a.mask_row == 0 && a.mask_head == 0;
+    if (filled && same) return;
+    filled = true;
+    for (int64_t j = 0; j < kBlock; j += kLanes) store(bias + j, zero());
+    if (a.slopes != nullptr) {
+      const float slope = a.slopes[head.b * a.slopes_batch + head.query_head(r)];
+      const int64_t away = head.position(r) - k0;
+      for (int64_t j = 0; j < keys; ++j) bias[j] = -slope * fabsf(static_cast<float>(away - j));
+    }
+    switch (a.mask_kind) {
+      case MaskKind::kBool:
+        add_mask<uint8_t>(r, [](uint8_t seen) { return seen ? 0.0f : -HUGE_VALF; });
+        break;
+      case MaskKind::kFloat32:
+        add_mask<float>(r, [](float x) { return x; });
+        break;
+      case MaskKind::kBFloat16:
+        add_mask<bf16>(r, [](bf16 x) { return to_float(x); });
+        break;
+      case MaskKind::kNone:
+        break;
+    }
+  }
+};
+
+// Hands out consecutive aligned pieces of a worker's memory; with a null base it only counts.
+struct Arena {
+  float* base;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* piece = base == nullptr ? nullptr : base + used;
+    used += (floats + 15) / 16 * 16;
+    return piece;
+  }
+};
