@@ -40,6 +40,17 @@ def short(file: Path) -> str:
 
 
 @pytest.mark.parametrize("stem", _registry.stems())
+def test_row_is_complete(stem):
+    for file in (
+        f"fastlm/ops/{stem}.py",
+        f"fastlm/reference/{stem}.py",
+        f"tests/ops/test_{stem}.py",
+        f"benchmarks/ops/test_{stem}.py",
+    ):
+        assert (ROOT / file).exists(), f"{stem}: {file} is missing"
+
+
+@pytest.mark.parametrize("stem", _registry.stems())
 def test_native_backends_have_their_files(stem):
     names = {backend.name for backend in _registry.backends(stem)}
     cpu = [f"csrc/ops/{stem}.h", f"csrc/cpu/{stem}.h", f"csrc/torch/{stem}.cpp"]
