@@ -1,30 +1,30 @@
 // rope forward and backward.
 // Computes   y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2 for each pair of the first R elements of a head
-// Algorithm  the tables of a few tokens are first laid out in fp32 as C and S such that
-//            y = x C + partner(x) S; every head of the tile then reads them from the cache
+// Algorithm  halves: both elements of a vector of pairs at once, straight from the tables;
+//            neighbours: the tables of a tile's tokens are first laid out in fp32 as C and S such
+//            that y = x C + swapped(x) S, for all heads of the tile
 // Tile       heads x tokens, walked in the order in which x lies in memory
-// Traffic    reads x and the tables once, writes y
+// Traffic    reads x once, writes y; the tables come from the cache for all heads but the first
 // Numerics   fp32, one rounding to the output
 // Source     arXiv:2104.09864, equation 34
 #include "cpu/norm_rows.h"
 
-// C and S of one token: c[i] = cos_i; s[i] is what the partner of element i is multiplied with.
-template <class Tab>
-inline void lay_out_halves(const RopeArgs& a, const Tab* cos, const Tab* sin, float* c, float* s) {
-  const int64_t half = a.rotary / 2, second = a.full_width ? half : 0;
-  const VecF sign = set1(a.transposed ? 1.0f : -1.0f);
+// `second`: where the tables of the second half begin, 0 where both halves share one.
+template <class T, class Tab>
+inline void rotate_halves(const T* x, T* y, const Tab* cos, const Tab* sin, int64_t half,
+                          int64_t second, bool transposed) {
   for_vectors(half, [&](int64_t i, auto... n) {
+    const VecF x1 = load(x + i, n...), x2 = load(x + half + i, n...);
+    const VecF a = x1 * load(cos + i, n...), b = x2 * load(cos + second + i, n...);
     const VecF s1 = load(sin + i, n...), s2 = load(sin + second + i, n...);
-    store(c + i, load(cos + i, n...), n...);
-    store(c + half + i, load(cos + second + i, n...), n...);
-    store(s + i, sign * (a.transposed ? s2 : s1), n...);
-    store(s + half + i, zero() - sign * (a.transposed ? s1 : s2), n...);
+    store(y + i, transposed ? fma(x2, s2, a) : fma(zero() - x2, s1, a), n...);
+    store(y + half + i, transposed ? fma(zero() - x1, s1, b) : fma(x1, s2, b), n...);
   });
 }
 
+// C and S of one token: c[i] = cos_i; s[i] is what the neighbour of element i is multiplied with.
 template <class Tab>
-inline void lay_out_neighbours(const RopeArgs& a, const Tab* cos, const Tab* sin, float* c,
-                               float* s) {
+inline void lay_out(const RopeArgs& a, const Tab* cos, const Tab* sin, float* c, float* s) {
   for (int64_t i = 0; i < a.rotary; i += 2) {
     const int64_t first = a.full_width ? i : i / 2, second = a.full_width ? i + 1 : i / 2;
     const float s1 = fastlm::to_float(sin[first]), s2 = fastlm::to_float(sin[second]);
@@ -33,17 +33,6 @@ inline void lay_out_neighbours(const RopeArgs& a, const Tab* cos, const Tab* sin
     s[i] = a.transposed ? s2 : -s1;
     s[i + 1] = a.transposed ? -s1 : s2;
   }
-}
-
-template <class T>
-inline void rotate_halves(const T* x, T* y, const float* c, const float* s, int64_t half) {
-  for_vectors(half, [&](int64_t i, auto... n) {
-    const VecF x1 = load(x + i, n...), x2 = load(x + half + i, n...);
-    const VecF y1 = fma(x2, load(s + i, n...), x1 * load(c + i, n...));
-    const VecF y2 = fma(x1, load(s + half + i, n...), x2 * load(c + half + i, n...));
-    store(y + i, y1, n...);
-    store(y + half + i, y2, n...);
-  });
 }
 
 template <class T>
@@ -68,12 +57,8 @@ void rotate_tiles(const RopeArgs& a, int64_t begin, int64_t end) {
     const int64_t heads = min_of(a.head_block, a.heads - h0);
     const Tab* cos = static_cast<const Tab*>(a.cos) + b * a.cos_batch + t0 * a.cos_token;
     const Tab* sin = static_cast<const Tab*>(a.sin) + b * a.sin_batch + t0 * a.sin_token;
-    for (int64_t t = 0; t < tokens; ++t, cos += a.cos_token, sin += a.sin_token) {
-      if (a.interleaved) {
-        lay_out_neighbours(a, cos, sin, c + t * a.rotary, s + t * a.rotary);
-      } else {
-        lay_out_halves(a, cos, sin, c + t * a.rotary, s + t * a.rotary);
-      }
+    for (int64_t t = 0; t < tokens && a.interleaved; ++t) {
+      lay_out(a, cos + t * a.cos_token, sin + t * a.sin_token, c + t * a.rotary, s + t * a.rotary);
     }
     const T* x = static_cast<const T*>(a.x) + b * a.x_batch + h0 * a.x_head + t0 * a.x_token;
     T* y = static_cast<T*>(a.y) + b * a.y_batch + h0 * a.y_head + t0 * a.y_token;
@@ -83,7 +68,8 @@ void rotate_tiles(const RopeArgs& a, int64_t begin, int64_t end) {
       if (a.interleaved) {
         rotate_neighbours(from, to, c + t * a.rotary, s + t * a.rotary, a.rotary);
       } else {
-        rotate_halves(from, to, c + t * a.rotary, s + t * a.rotary, a.rotary / 2);
+        rotate_halves(from, to, cos + t * a.cos_token, sin + t * a.sin_token, a.rotary / 2,
+                      a.full_width ? a.rotary / 2 : 0, a.transposed);
       }
       if (rest != 0) memcpy(to + a.rotary, from + a.rotary, rest);
     };

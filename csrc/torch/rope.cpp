@@ -37,11 +37,16 @@ Tensor rope_single(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, int
                       (cos.scalar_type() == x.scalar_type() || dtype_of(cos) == DType::kFloat32),
                   "rope: the arguments do not fit each other");
   const int64_t row_bytes = head_dim * (dtype_of(x) == DType::kFloat32 ? 4 : 2);
-  // A tile lies as densely in memory as x allows; four heads share the work on the tables.
+  // Tiles follow each other as x lies in memory. They are as small as threads can share well, but
+  // neighbours lay their tables out once a tile, for several heads.
   const bool by_token = x.stride(1) < x.stride(2);
-  const int64_t head_block = std::max<int64_t>(by_token ? heads : std::min<int64_t>(heads, 4), 1);
-  const int64_t token_block = std::clamp<int64_t>(64 * 1024 / (head_block * row_bytes), 1,
-                                                  std::min<int64_t>(64, kRopeTableFloats / rotary));
+  const int64_t rows = std::max<int64_t>(1, (interleaved ? 128 : 16) * 1024 / row_bytes);
+  const int64_t all_heads = std::max<int64_t>(1, heads);
+  const int64_t most_tokens = std::min<int64_t>(64, kRopeTableFloats / rotary);
+  const int64_t token_block = by_token ? std::clamp<int64_t>(rows / all_heads, 1, most_tokens)
+                                       : std::clamp<int64_t>(tokens, 1, most_tokens);
+  const int64_t head_block =
+      by_token ? all_heads : std::clamp<int64_t>(rows / token_block, 1, all_heads);
   const RopeArgs args{x.const_data_ptr(),
                       y.mutable_data_ptr(),
                       x.stride(0),
