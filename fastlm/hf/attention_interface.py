@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -42,6 +43,10 @@ _HARMLESS = frozenset(
         "position_embeddings",
     }
 )
+
+
+# What decode_attention has a kernel for; its reference would be slower than SDPA.
+_DECODED = (torch.float32, torch.bfloat16)
 
 
 def register() -> None:
@@ -142,12 +147,13 @@ def _attend(
     queries = query.shape[2]
     if mask is not None:
         out = ops.attention(query, key, value, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
-    elif queries == 1:  # one new token sees every key
+    elif queries == 1 and query.is_cpu and query.dtype in _DECODED:  # it sees every key
         out = ops.decode_attention(
             query, key, value, key.shape[2], scale=scale, softcap=softcap, sinks=sinks
         )
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = causal and queries > 1
         if causal and key.shape[2] > queries:
             # No mask although there are more keys: the first pass into a static cache, whose later
             # entries are still empty. The queries stand at its beginning.

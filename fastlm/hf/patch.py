@@ -24,6 +24,7 @@ from fastlm.hf._modules import (
     match_linear,
     match_norm,
 )
+from fastlm.ops import _registry
 
 STEMS = (
     "activation",
@@ -76,7 +77,7 @@ class Patch:
         for title, entries in (
             ("", replaced),
             ("replaced by an earlier patch:", already),
-            ("by parts:", noted),
+            ("notes:", noted),
             ("left alone:", kept),
         ):
             if entries and title:
@@ -192,14 +193,19 @@ class _Patcher:
 
     def __init__(self, made: Patch):
         self.made = made
-        self.wanted = made.stems
-        self.blocks = Blocks(made.stems, _rotary_width(made.model))
+        device = _device(made.model, made.model).type
+        lacking = {stem: why for stem in sorted(made.stems) if (why := _no_kernel(stem, device))}
+        self.lacking = lacking
+        self.wanted = made.stems - lacking.keys()
+        self.blocks = Blocks(self.wanted, _rotary_width(made.model))
         self.verdicts: dict[Any, tuple[list[str], Match]] = {}
 
     def run(self) -> None:
         for path, module in reversed(list(self.made.model.named_modules())):
             self._module(path, module)
             self._loss(path, module)
+        for stem, why in self.lacking.items():
+            self._note("", self.made.model, "noted", f"{stem}: {why}")
         self.made.entries.reverse()
 
     def _module(self, path: str, module: nn.Module) -> None:
@@ -351,6 +357,14 @@ def suspended(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, value in taken:
             module.__dict__[name] = value
+
+
+def _no_kernel(stem: str, device: str) -> str:
+    """Why an operator would run on its reference here, which is no faster than the model's own."""
+    if _registry.forced() or set(_registry.implementations(stem, device)) != {"reference"}:
+        return ""
+    reasons = [why for b in _registry.backends(stem) for why in _registry.absent(b, device)]
+    return f"no kernel here ({'; '.join(reasons) or 'none was written yet'})"
 
 
 def _rotary_width(model: nn.Module) -> int | None:

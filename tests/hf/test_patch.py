@@ -204,6 +204,38 @@ def test_hooks_still_fire():
     assert seen == theirs
 
 
+def test_a_linear_map_wrapped_later_is_called():
+    """As a LoRA adapter does."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.extra = base, nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x):
+            return self.base(x) + self.extra(x)
+
+    model = tiny()
+    before = logits(model)
+    with fastlm.patch(model):
+        for layer in model.model.layers:
+            layer.mlp.up_proj = Adapter(layer.mlp.up_proj)
+            layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
+        made = logits(model)
+        with suspended(model):
+            expected = logits(model)
+    torch.testing.assert_close(made, expected, **CLOSE)
+    assert (made - before).abs().max() > 1e-2
+
+
+def test_nothing_is_replaced_where_there_are_no_kernels(monkeypatch):
+    monkeypatch.setattr(_registry, "implementations", lambda stem, device: ["reference"])
+    model = tiny()
+    p = fastlm.patch(model)
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    assert "linear: no kernel here" in p.report()
+
+
 def test_hidden_states_are_recorded():
     model = tiny()
     expected = model(IDS, output_hidden_states=True).hidden_states
