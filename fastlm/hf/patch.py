@@ -360,10 +360,11 @@ def suspended(model: nn.Module) -> Iterator[None]:
 
 
 def _no_kernel(stem: str, device: str) -> str:
-    """Why an operator would run on its reference here, which is no faster than the model's own."""
-    if _registry.forced() or set(_registry.implementations(stem, device)) != {"reference"}:
+    """Why an operator would run on PyTorch's kernels here, no faster than the model's own."""
+    ours = set(_registry.implementations(stem, device)) - {"torch", "reference"}
+    if _registry.forced() or ours:
         return ""
-    reasons = [why for b in _registry.backends(stem) for why in _registry.absent(b, device)]
+    reasons = [why for b in _registry.backends(stem) for why in _registry.absent(stem, b, device)]
     return f"no kernel here ({'; '.join(reasons) or 'none was written yet'})"
 
 
