@@ -19,7 +19,7 @@ _NATIVE = native(torch.float32, torch.bfloat16)
 
 def _cpu_unsupported(dtype: torch.dtype, *, form: str, options: tuple[str, ...]) -> list[str]:
     reasons = _NATIVE(dtype)
-    for option in ("gradient of mask", "gradient of alibi_slopes"):
+    for option in ("gradient of mask", "gradient of alibi_slopes", "gradient of sinks"):
         if option in options:
             reasons.append(f"makes no {option}")
     if "fp16 or fp64 mask" in options:
@@ -100,9 +100,8 @@ class _Attention(torch.autograd.Function):
         numbers: tuple[bool, int, float, float],
         return_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        wide = None if sinks is None else sinks.float()
-        out, lse = _forward_lse(q, k, v, mask, slopes, wide, starts_q, starts_k, *numbers)
-        ctx.save_for_backward(q, k, v, out, lse, mask, slopes, sinks, starts_q, starts_k)
+        out, lse = _forward_lse(q, k, v, mask, slopes, sinks, starts_q, starts_k, *numbers)
+        ctx.save_for_backward(q, k, v, out, lse, mask, slopes, starts_q, starts_k)
         ctx.numbers = numbers
         return (out, lse[0]) if return_lse else out
 
@@ -110,29 +109,11 @@ class _Attention(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, grad: Tensor, grad_lse: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, mask, slopes, sinks, starts_q, starts_k = ctx.saved_tensors
+        q, k, v, out, lse, mask, slopes, starts_q, starts_k = ctx.saved_tensors
         dq, dk, dv = _backward(
             grad, grad_lse, q, k, v, out, lse, mask, slopes, starts_q, starts_k, *ctx.numbers
         )
-        dsinks = None
-        if ctx.needs_input_grad[5]:
-            dsinks = _sinks_gradient(grad, grad_lse, out, lse, sinks)
-        return dq, dk, dv, None, None, dsinks, None, None, None, None
-
-
-def _sinks_gradient(
-    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor
-) -> Tensor:
-    """A sink only takes weight away: d sink = -sum_i p_i(sink) (grad_i . out_i - grad_lse_i)."""
-    delta = (grad.float() * out.float()).sum(-1)
-    if out.dim() == 3:
-        delta = delta.transpose(0, 1)
-    if grad_lse is not None:
-        delta = delta - grad_lse
-    exact = lse[0].double() + lse[1]
-    weight = torch.exp(sinks.double().unsqueeze(-1) - exact).masked_fill(exact == -math.inf, 0.0)
-    by_head = (weight * delta).transpose(-1, -2).reshape(-1, sinks.shape[0])
-    return -by_head.sum(0).to(sinks.dtype)
+        return dq, dk, dv, None, None, None, None, None, None, None
 
 
 @overload
@@ -254,12 +235,10 @@ def attention(
     if backend == "cpu":
         numbers = (causal, window or 0, scale, softcap or 0.0)
         slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
-        if needs_grad(q, k, v, sinks):
-            return _Attention.apply(
-                q, k, v, mask, slopes, sinks, cu_seqlens_q, cu_seqlens_k, numbers, return_lse
-            )
-        wide = None if sinks is None else sinks.float()
+        wide = None if sinks is None else sinks.float().contiguous()
         tables = (mask, slopes, wide, cu_seqlens_q, cu_seqlens_k)
+        if needs_grad(q, k, v):
+            return _Attention.apply(q, k, v, *tables, numbers, return_lse)
         if not return_lse:
             return _forward(q, k, v, *tables, *numbers)
         out, lse = _forward_lse(q, k, v, *tables, *numbers)
@@ -307,6 +286,8 @@ def _given(
             names.append("gradient of alibi_slopes")
     if sinks is not None:
         names.append("sinks")
+        if needs_grad(sinks):
+            names.append("gradient of sinks")
     if mask is not None:
         names.append("mask")
         if mask.dtype in (torch.float16, torch.float64):
