@@ -77,7 +77,15 @@ Tensor activation(const Tensor& x, int64_t kind) {
   return y;
 }
 
+bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
 Tensor gated_activation(const Tensor& gate_, const Tensor& up_, int64_t kind) {
+  STD_TORCH_CHECK(
+      up_.is_cpu() && up_.scalar_type() == gate_.scalar_type() && same_sizes(gate_, up_),
+      "up does not fit gate");
   const Rows gate = as_rows(gate_), up = as_rows(up_);
   const int64_t cols = last(gate_);
   Tensor y = empty_cpu_like(gate_);

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, needs_grad
-from fastlm.ops._registry import Backend, choose, native, register
+from fastlm.ops._library import define, direct, needs_grad
+from fastlm.ops._registry import Backend, choose, memory, native, register, remember
 
 # in the order of csrc/ops/activation_kind.h
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -31,6 +32,7 @@ _gated = define(
     "gated_activation(Tensor gate, Tensor up, int kind) -> Tensor",
     lambda gate, up, kind: _like(gate),
 )
+_forward_direct, _gated_direct = direct(_forward), direct(_gated)
 _gated_backward = define(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, int kind) -> (Tensor, Tensor)",
     lambda grad, gate, up, kind: (_like(gate), _like(up)),
@@ -81,6 +83,15 @@ class _PackedActivation(torch.autograd.Function):
         return _packed_backward(grad, *ctx.saved_tensors, ctx.kind), None
 
 
+# Calls of a few microseconds: the kernel checks the shapes, and only a refusal is looked into.
+_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+_chosen = memory()
+
+
+def _choose(x: Tensor) -> str:
+    return remember(_chosen, (x.is_cpu or x.device, x.dtype), choose("activation", x))
+
+
 def activation(x: Tensor, kind: str) -> Tensor:
     """y = act(x), element by element.
 
@@ -100,12 +111,17 @@ def activation(x: Tensor, kind: str) -> Tensor:
     Source: Hendrycks and Gimpel, arXiv:1606.08415 (gelu, silu); So et al., arXiv:2109.08668
     (relu2).
     """
-    _checks.floating("activation", "x", x)
-    _check_kind("activation", kind)
-    if choose("activation", x) == "reference":
-        return reference.activation(x, kind)
-    run = _Activation.apply if needs_grad(x) else _forward
-    return run(x, KINDS.index(kind))
+    try:
+        backend = _chosen.get((x.is_cpu or x.device, x.dtype)) or _choose(x)
+        if backend == "cpu":
+            if is_grad_enabled() and x.requires_grad:
+                return _Activation.apply(x, _NUMBERS[kind])
+            return (_forward if is_dynamo_compiling() else _forward_direct)(x, _NUMBERS[kind])
+    except (AttributeError, KeyError, TypeError):
+        _check("activation", x, kind)  # names the argument at fault
+        raise
+    _check("activation", x, kind)
+    return reference.activation(x, kind)
 
 
 def gated_activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
@@ -128,24 +144,44 @@ def gated_activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     Computed in fp32 with one rounding to gate's dtype. Differentiable once in gate and up.
     Source: Shazeer, arXiv:2002.05202.
     """
-    _checks.floating("gated_activation", "gate", gate)
-    _check_kind("gated_activation", kind)
+    try:
+        backend = _chosen.get((gate.is_cpu or gate.device, gate.dtype)) or _choose(gate)
+        if backend == "cpu":
+            if up is None:
+                return _packed_halves(gate, kind)
+            if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+                return _GatedActivation.apply(gate, up, _NUMBERS[kind])
+            return (_gated if is_dynamo_compiling() else _gated_direct)(gate, up, _NUMBERS[kind])
+    except (AttributeError, KeyError, TypeError, RuntimeError):
+        _check_gated(gate, up, kind)  # names the argument at fault
+        raise
+    _check_gated(gate, up, kind)
+    return reference.gated_activation(gate, up, kind)
+
+
+def _packed_halves(x: Tensor, kind: str) -> Tensor:
+    _check_gated(x, None, kind)
+    run = _PackedActivation.apply if needs_grad(x) else _packed
+    return run(x, _NUMBERS[kind]).reshape(*x.shape[:-1], x.shape[-1] // 2)
+
+
+def _check(op: str, x: Tensor, kind: str) -> None:
+    _checks.floating(op, "x", x)
+    _check_kind(op, kind)
+
+
+def _check_gated(gate: Tensor, up: Tensor | None, kind: str) -> None:
+    op = "gated_activation"
+    _checks.floating(op, "gate", gate)
+    _check_kind(op, kind)
     if up is not None:
-        _checks.floating("gated_activation", "up", up)
-        _checks.shape("gated_activation", "up", up, gate.shape)
-        _checks.same_dtype("gated_activation", "up", up, gate)
-        _checks.same_device("gated_activation", "up", up, gate)
+        _checks.floating(op, "up", up)
+        _checks.shape(op, "up", up, gate.shape)
+        _checks.same_dtype(op, "up", up, gate)
+        _checks.same_device(op, "up", up, gate)
     elif gate.dim() == 0 or gate.shape[-1] % 2:
         expected = "[..., 2F] with an even last size when up is None"
-        raise _checks.fail("gated_activation", "gate", expected, list(gate.shape))
-    if choose("activation", gate) == "reference":
-        return reference.gated_activation(gate, up, kind)
-    number = KINDS.index(kind)
-    if up is not None:
-        run = _GatedActivation.apply if needs_grad(gate, up) else _gated
-        return run(gate, up, number)
-    run = _PackedActivation.apply if needs_grad(gate) else _packed
-    return run(gate, number).reshape(*gate.shape[:-1], gate.shape[-1] // 2)
+        raise _checks.fail(op, "gate", expected, list(gate.shape))
 
 
 def _check_kind(op: str, kind: str) -> None:
