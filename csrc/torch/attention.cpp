@@ -93,6 +93,19 @@ struct Options {
   double scale, softcap;
 };
 
+// What would make a kernel read the wrong memory; the caller says which argument it was.
+void check(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const int64_t dims = q.dim();
+  STD_TORCH_CHECK((dims == 3 || dims == 4) && k.dim() == dims && v.dim() == dims && k.is_cpu() &&
+                      v.is_cpu() && k.scalar_type() == q.scalar_type() &&
+                      v.scalar_type() == q.scalar_type(),
+                  "q, k and v do not fit");
+  bool same = q.size(-1) > 0 && q.size(-1) == k.size(-1) && k.size(1) > 0 &&
+              q.size(1) % k.size(1) == 0 && (dims == 3 || q.size(0) == k.size(0));
+  for (int64_t d = 0; d + 1 < dims; ++d) same &= k.size(d) == v.size(d);
+  STD_TORCH_CHECK(same, "q, k and v do not fit");
+}
+
 Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
   Attention a{};
   const bool packed = o.starts_q.has_value();
@@ -137,7 +150,7 @@ double products(const Attention& a) {
 
 // Threads worth waking up: a wake-up costs a few microseconds.
 int64_t workers_for(double multiply_adds, int64_t tasks) {
-  if (multiply_adds < 5e5) return 1;
+  if (multiply_adds < 5e4) return 1;
   return std::min<int64_t>(tasks, torch::stable::get_num_threads());
 }
 
@@ -169,7 +182,7 @@ void run_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Opt
   const int64_t heads = f.a.batch * f.a.kv_heads;
   if (q.numel() == 0) return;
   const double work = products(f.a);
-  const int64_t threads = work < 5e5 ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = work < 5e4 ? 1 : torch::stable::get_num_threads();
   while (f.blocks_per_task > 1 && threads > 1 &&
          heads * attention_query_chunks(f.a, f.blocks_per_task) < 4 * threads) {
     f.blocks_per_task /= 2;
@@ -184,6 +197,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
                  const std::optional<Tensor>& sinks, const std::optional<Tensor>& starts_q,
                  const std::optional<Tensor>& starts_k, bool causal, int64_t window, double scale,
                  double softcap) {
+  check(q, k, v);
   Tensor out = empty_heads(q, v.size(-1), true);
   run_forward(q, k, v, {mask, slopes, sinks, starts_q, starts_k, causal, window, scale, softcap},
               out, nullptr);
@@ -197,6 +211,7 @@ std::tuple<Tensor, Tensor> attention_lse(const Tensor& q, const Tensor& k, const
                                          const std::optional<Tensor>& starts_q,
                                          const std::optional<Tensor>& starts_k, bool causal,
                                          int64_t window, double scale, double softcap) {
+  check(q, k, v);
   Tensor out = empty_heads(q, v.size(-1), true);
   Tensor lse = q.dim() == 3 ? empty_cpu({2, q.size(1), q.size(0)}, ScalarType::Float)
                             : empty_cpu({2, q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
@@ -232,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     return {dq, dk, dv};
   }
   const double work = 2.5 * products(f.a);
-  const int64_t threads = work < 5e5 ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = work < 5e4 ? 1 : torch::stable::get_num_threads();
   // Split, a head takes seven products instead of five, but never leaves a thread without work.
   f.split = 5 * ((heads + threads - 1) / threads) * threads > 7 * heads;
   int64_t tasks = heads;

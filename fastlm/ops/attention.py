@@ -7,12 +7,13 @@ from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, needs_grad
-from fastlm.ops._registry import Backend, choose, native, register
+from fastlm.ops._library import define, direct, needs_grad
+from fastlm.ops._registry import Backend, choose, memory, native, register, remember
 
 _NATIVE = native(torch.float32, torch.bfloat16)
 
@@ -73,6 +74,7 @@ def _empty_gradient(x: Tensor) -> Tensor:
 
 
 _forward = define(f"attention({_ARGUMENTS}) -> Tensor", lambda q, k, v, *options: _empty_out(q, v))
+_forward_direct = direct(_forward)
 _forward_lse = define(
     f"attention_lse({_ARGUMENTS}) -> (Tensor, Tensor)",
     lambda q, k, v, *options: (_empty_out(q, v), _empty_lse(q)),
@@ -210,6 +212,14 @@ def attention(
     tensor([[1.0000, 0.0000],
             [0.5000, 0.5000]])
     """
+    if window is softcap is alibi_slopes is sinks is mask is cu_seqlens_q is cu_seqlens_k is None:
+        try:
+            out = _plain(q, k, v, causal, scale, return_lse)
+        except (ArithmeticError, AttributeError, IndexError, RuntimeError):
+            _check(q, k, v)  # the kernel refused: say which argument
+            raise
+        if out is not None:
+            return out
     if cu_seqlens_q is None:
         _check(q, k, v)
         form = "square" if q.shape[2] == k.shape[2] else "oblong"
@@ -265,6 +275,33 @@ def attention(
         cu_seqlens_k=cu_seqlens_k,
         return_lse=return_lse,
     )
+
+
+_NONE = (None,) * 5  # no mask, slopes, sinks or packed sequences
+_chosen = memory()
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, return_lse: bool
+) -> Tensor | None:
+    """A call without options on the CPU kernel, which checks the shapes; None: not for it.
+
+    Calls of a few microseconds come through here, as one token's do.
+    """
+    if return_lse or not q.is_cpu or is_autocast_enabled("cpu"):
+        return None
+    square = q.shape[2] == k.shape[2]
+    key = (q.dtype, causal, square)
+    backend = _chosen.get(key)
+    if backend is None:
+        form, options = "square" if square else "oblong", ("causal",) if causal else ()
+        backend = remember(_chosen, key, choose("attention", q, form=form, options=options))
+    if backend != "cpu":
+        return None
+    numbers = (causal, 0, q.shape[3] ** -0.5 if scale is None else scale, 0.0)
+    if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, *_NONE, numbers, False)
+    return (_forward if is_dynamo_compiling() else _forward_direct)(q, k, v, *_NONE, *numbers)
 
 
 def _given(
