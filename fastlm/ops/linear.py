@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import needs_grad
+from fastlm.ops._library import direct, needs_grad
 from fastlm.ops._product import FEW, SOME, grad_w, grad_x, own, winners
-from fastlm.ops._registry import Backend, choose, native, register
+from fastlm.ops._registry import Backend, choose, memory, native, register, remember
 
 # How many rows a call has, as the chooser and explain see it.
 _FEW, _SOME, _MANY = f"up to {FEW}", f"up to {SOME}", f"over {SOME}"
@@ -80,11 +81,14 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     tensor([[11., 17.]])
     """
     try:
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             x, w, bias = autocast(x, w, bias)
-        backend = choose("linear", x, rows=size_of(x), transposed=not w.is_contiguous())
+        key = (x.is_cpu or x.device, x.dtype, size_of(x), w.is_contiguous())
+        backend = _chosen.get(key) or _choose(key, x)
         if backend == "cpu":  # the binding checks the shapes, for calls of a few microseconds
-            return _Linear.apply(x, w, bias) if needs_grad(x, w, bias) else own(x, w, bias)
+            if is_grad_enabled() and needs_grad(x, w, bias):
+                return _Linear.apply(x, w, bias)
+            return (own if is_dynamo_compiling() else _own_direct)(x, w, bias)
     except Exception:
         check("linear", x, w, bias)  # names the argument at fault
         raise
@@ -92,6 +96,14 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     if backend == "reference":
         return reference.linear(x, w, bias)
     return F.linear(x, w, bias)
+
+
+_chosen, _own_direct = memory(), direct(own)
+
+
+def _choose(key: tuple[Any, ...], x: Tensor) -> str:
+    chosen = choose("linear", x, rows=key[2], transposed=not key[3])
+    return remember(_chosen, key, chosen)
 
 
 def size_of(x: Tensor) -> str:
