@@ -25,6 +25,7 @@ OPS = (
     "cross_entropy",
     "linear_cross_entropy",
     "quantized_linear",
+    "sample",
 )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--temperature", "-t", default=0.0, show_default=True, help="0: the likeliest token.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Draw among the k likeliest tokens.")
 @click.option("--top-p", type=float, help="Draw among the likeliest that reach this probability.")
+@click.option("--min-p", type=float, help="Draw among tokens this near the likeliest, 0 to 1.")
 @click.option("--seed", default=0, show_default=True, help="Of the random numbers.")
 @click.option("--dtype", help="float32 or bfloat16; by default as stored.")
 @click.option("--stats", is_flag=True, help="Print the speed to standard error.")

@@ -12,6 +12,7 @@ from fastlm import ops
 from fastlm.models import sampling
 from fastlm.models.cache import KVCache
 from fastlm.models.step import make_step
+from fastlm.ops.sample import check_options
 
 if TYPE_CHECKING:
     from fastlm.models.decoder import Decoder
@@ -56,6 +57,7 @@ def stream(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     seed: int | None = 0,
     eos: int | Sequence[int] | None = None,
     vocab_limit: int | None = None,
@@ -69,7 +71,7 @@ def stream(
             or list of lists). No prompt may be empty.
         max_new_tokens: how many to generate at most; fewer when max_positions ends the sequence.
         temperature: 0 takes the most likely token (greedy).
-        top_k, top_p: see `fastlm.models.sampling.distribution`.
+        top_k, top_p, min_p: see `fastlm.ops.sample`.
         seed: of the random numbers; None takes a fresh one.
         eos: end tokens; the config's by default, () for none.
         vocab_limit: tokens from this number on are never chosen (a head padded beyond the
@@ -83,7 +85,7 @@ def stream(
     Raises:
         ValueError: an empty prompt, one longer than max_positions, an option out of range.
     """
-    sampling.check(temperature, top_k, top_p)
+    check_options("generate", temperature, top_k, top_p, min_p)
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
     device = model.embed.weight.device
@@ -108,7 +110,7 @@ def stream(
         logits = ops.linear(hidden, model.head_weight)
         if vocab_limit is not None:
             logits = logits[:, :vocab_limit]
-        return sampling.sample(logits, generator, temperature, top_k, top_p)
+        return sampling.sample(logits, generator, temperature, top_k, top_p, min_p)
 
     return _steps(
         model,

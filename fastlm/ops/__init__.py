@@ -12,6 +12,7 @@ from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.quantized_linear import quantize_weight, quantized_linear
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rope import rope
+from fastlm.ops.sample import sample
 from fastlm.reference import QuantizedWeight
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rope",
+    "sample",
     "use_backend",
 ]

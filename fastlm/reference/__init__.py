@@ -9,6 +9,7 @@ from fastlm.reference.linear_cross_entropy import linear_cross_entropy
 from fastlm.reference.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
 from fastlm.reference.rms_norm import rms_norm
 from fastlm.reference.rope import rope, rotated_width
+from fastlm.reference.sample import probabilities, sample
 
 __all__ = [
     "QuantizedWeight",
@@ -21,9 +22,11 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "probabilities",
     "quantize_weight",
     "quantized_linear",
     "rms_norm",
     "rope",
     "rotated_width",
+    "sample",
 ]

@@ -42,7 +42,7 @@ def test_errors_are_one_line(stories, tmp_path):
     for args, text in [
         ([str(tmp_path), "-p", "x"], f"Error: {tmp_path}/config.json: the file is missing"),
         ([stories, "-p", "x", "--chat"], "Error: chat: this checkpoint has no chat template"),
-        ([stories, "-p", "x", "--top-p", "2"], "Error: sampling: top_p must be in (0, 1], got 2.0"),
+        ([stories, "-p", "x", "--top-p", "2"], "Error: generate: top_p must be in (0, 1], got 2.0"),
         ([stories, "-p", ""], "Error: the prompt is empty"),
         ([stories, "-p", "x", "--system", "y"], "Error: --system needs --chat"),
         ([stories, "-p", "x", "--dtype", "int3"], "Error: dtype: expected a floating-point dtype"),
