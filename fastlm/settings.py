@@ -3,7 +3,8 @@
 =================  ==========================================================================
 FASTLM_BACKEND     Forces one implementation for every operator: ``cpu``, ``cuda``,
                    ``triton``, ``torch`` or ``reference``. An operator that cannot run there
-                   raises an error that names the reasons.
+                   raises an error that names the reasons. Any but ``cpu`` also turns off the
+                   decode plan of ``Decoder.generate``.
 FASTLM_CPU_ISA     Forces one CPU instruction set: ``baseline``, ``avx2``, ``avx512`` or
                    ``avx512bf16``. An unknown or unsupported one raises.
 FASTLM_QUIET       ``1`` silences the one warning given when no native kernels are present.

@@ -35,6 +35,15 @@ struct DecodeAttentionArgs {
 constexpr int64_t kDecodeMaxHead = 256;   // largest head_dim and value_dim
 constexpr int64_t kDecodeMaxPiece = 512;  // keys of one task
 
+// Into how many pieces each head's keys are cut: about 64 tasks for a sequence, of at least 128
+// keys. A function of the sequence alone, so that its result does not depend on its neighbours.
+static inline int64_t decode_pieces(int64_t keys, int64_t kv_heads) {
+  const int64_t by_heads = (63 + kv_heads) / kv_heads;
+  const int64_t by_size = (keys + kDecodeMaxPiece - 1) / kDecodeMaxPiece;
+  const int64_t wanted = by_heads > by_size ? by_heads : by_size, most = (keys + 127) / 128;
+  return most < 1 ? 1 : most < wanted ? most : wanted;
+}
+
 struct DecodeAttentionKernels {
   void (*attend)(const DecodeAttentionArgs&, int64_t task_begin, int64_t task_end);
   // Joins the pieces of the rows [begin, end) of batch x heads x queries.

@@ -12,15 +12,6 @@ FASTLM_KERNEL_TABLE(DecodeAttentionKernels, decode_attention)
 namespace fastlm {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Into how many pieces each head's keys are cut: about 64 tasks for a sequence, of at least 128
-// keys. A function of the sequence alone, so that its result does not depend on its neighbours.
-int64_t pieces_of(int64_t keys, int64_t kv_heads) {
-  const int64_t wanted = std::max(divide_up(64, kv_heads), divide_up(keys, kDecodeMaxPiece));
-  return std::max<int64_t>(1, std::min(divide_up(keys, 128), wanted));
-}
-
 Tensor decode_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                         const std::optional<Tensor>& lengths_, int64_t length, double scale,
                         int64_t window, const std::optional<Tensor>& slopes_,
@@ -69,7 +60,7 @@ Tensor decode_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                     "decode_attention: lengths must be between 0 and ", k.size(2),
                     ", the cache's size, got ", length_of[b]);
     first_key[b] = window > 0 ? std::max<int64_t>(0, length_of[b] - queries - window + 1) : 0;
-    const int64_t pieces = pieces_of(length_of[b] - first_key[b], kv_heads);
+    const int64_t pieces = decode_pieces(length_of[b] - first_key[b], kv_heads);
     first_task[b + 1] = first_task[b] + kv_heads * pieces;
     keys += length_of[b] - first_key[b];
     cut = cut || pieces > 1;

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
+#include "torch/decode_plan_python.h"
 
 namespace py = pybind11;
 
@@ -34,4 +35,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return info;
       },
       "Compiler, torch it was compiled against, stable ABI version, operators, whether with CUDA.");
+  fastlm::bind_decode_plan(m);
 }

@@ -56,11 +56,15 @@ class KVCache:
             return slice(self.length, self.length + tokens)
         return self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
 
-    def begin(self, tokens: int) -> None:
-        """Makes room for new tokens; call it once before the layers."""
+    def reserve(self, tokens: int) -> None:
+        """Makes room for new tokens."""
         needed = self.length + tokens
         if needed > self.capacity:
             self._grow(max(needed, 2 * self.capacity))
+
+    def begin(self, tokens: int) -> None:
+        """Makes room for new tokens and finds their places; call it once before the layers."""
+        self.reserve(tokens)
         if self.lengths is not None:
             _, heads, capacity, _ = self.keys[0].shape
             first = torch.arange(self.batch * heads, device=self.lengths.device) * capacity

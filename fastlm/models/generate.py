@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlm import ops
 from fastlm.models import sampling
 from fastlm.models.cache import KVCache
-from fastlm.models.step import make_step
+from fastlm.models.plan import NextLogits
 from fastlm.ops.sample import check_options
 
 if TYPE_CHECKING:
@@ -106,11 +106,17 @@ def stream(
         generator.manual_seed(seed)
     ends = model.config.eos_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
-    def choose(hidden: Tensor) -> Tensor:
-        logits = ops.linear(hidden, model.head_weight)
+    following = NextLogits(model, cache)
+
+    def choose(logits: Tensor) -> Tensor:
         if vocab_limit is not None:
             logits = logits[:, :vocab_limit]
         return sampling.sample(logits, generator, temperature, top_k, top_p, min_p)
+
+    def follow(chosen: Tensor) -> Tensor:
+        if temperature == 0:
+            return following.best(chosen, vocab_limit)
+        return choose(following(chosen))
 
     return _steps(
         model,
@@ -118,6 +124,7 @@ def stream(
         lengths,
         cache,
         choose,
+        follow,
         # the last token is chosen from a full sequence and itself takes no position
         min(max_new_tokens, room + 1),
         frozenset(ends),
@@ -131,6 +138,7 @@ def _steps(
     lengths: Tensor | None,
     cache: KVCache,
     choose: Callable[[Tensor], Tensor],
+    follow: Callable[[Tensor], Tensor],
     count: int,
     ends: frozenset[int],
     batch: bool,
@@ -138,7 +146,6 @@ def _steps(
     if count <= 0 or not len(tokens):
         return
     ended = [False] * len(tokens)
-    forward = make_step(model)
     # inference mode is left before each yield: the caller's code must not run in it
     with torch.inference_mode():
         hidden = model.hidden(tokens, cache=cache, lengths=lengths)
@@ -146,11 +153,11 @@ def _steps(
             last = hidden[:, -1]
         else:
             last = hidden[torch.arange(len(tokens), device=hidden.device), lengths - 1]
-        chosen = choose(last)
+        chosen = choose(ops.linear(last, model.head_weight))
     for step in range(count):
         if step:
             with torch.inference_mode():
-                chosen = choose(forward(chosen, cache))
+                chosen = follow(chosen)
         values = chosen.tolist()
         if not batch:
             yield values[0]

@@ -32,7 +32,7 @@ def make_step(model: Decoder) -> Step:
     Where a module was replaced (an adapter) or has hooks, its forward must run: then the step is
     `Decoder.hidden`.
     """
-    if not all(_is_plain(module) for module in model.modules()):
+    if not all(is_plain(module) for module in model.modules()):
         return lambda tokens, cache: model.hidden(tokens[:, None], cache=cache)[:, -1]
     layers = [_bind(block) for block in model.blocks]
     last = _norm(model.norm)
@@ -91,7 +91,8 @@ def _norm(module: torch.nn.Module) -> Callable[..., Any]:
     return partial(ops.layer_norm, weight=module.weight, bias=module.bias, eps=module.eps)
 
 
-def _is_plain(module: torch.nn.Module) -> bool:
+def is_plain(module: torch.nn.Module) -> bool:
+    """Whether a module is one of ours without hooks, so that its forward need not be called."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return False
     ours = type(module).__module__.startswith("fastlm.models")

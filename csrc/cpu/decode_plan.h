@@ -1,0 +1,229 @@
+// decode_plan: the stages of one token for a batch of up to 16 sequences.
+// Computes   embedding; norm; q, k, v with rotation and append; x += product; activated
+//            projections; logits and the largest of them
+// Algorithm  each product goes by panels of weight rows (cpu/gemm.h) and finishes its outputs while
+//            their sums are in L1: a head is rotated and stored where it belongs, the residual
+//            stream is added to in place, gate and up meet under the activation
+// Tile       up to 16 rows of x by 48 weight rows; q, k and v by whole heads
+// Traffic    reads each weight once; activations stay in L1 and L2
+// Numerics   fp32 sums and residual stream; the operands of products are rounded to the weights'
+//            type once; same bits for any number of threads
+// Source     arXiv:2104.09864 for the rotation; else see the operators' kernels
+#include "cpu/gemm.h"
+#include "cpu/norm.h"
+#include "cpu/activation_math.h"
+
+// Calls f(first, count) with the sums of weight rows [first, first + count) for all of [begin,
+// end).
+template <class T, class F>
+inline void for_panels(const PlanProduct& p, const T* x, int64_t rows, int64_t begin, int64_t end,
+                       Sums* sums, F&& f) {
+  for (int64_t n = begin; n < end; n += kPanel) {
+    const int64_t count = min_of<int64_t>(kPanel, end - n);
+    panel_product(x, rows, static_cast<const T*>(p.w) + n * p.in, p.in, count, p.in, sums);
+    f(n, count);
+  }
+}
+
+template <class T>
+void embed_rows(const PlanStep& s) {
+  for (int64_t b = 0; b < s.batch; ++b) {
+    const T* row = static_cast<const T*>(s.embed) + s.tokens[b] * s.hidden;
+    const T* place = static_cast<const T*>(s.learned);
+    if (place != nullptr) place += s.positions[b] * s.hidden;
+    each_vector(s.hidden, [&](int64_t i, auto... n) {
+      const VecF v = load(row + i, n...);
+      store(s.x + b * s.hidden + i, place == nullptr ? v : v + load(place + i, n...), n...);
+    });
+  }
+}
+
+template <bool kCentred, class T>
+void norm_rows(const PlanStep& s, const PlanNorm& norm, T* to) {
+  const T* weight = static_cast<const T*>(norm.weight);
+  const T* bias = static_cast<const T*>(norm.bias);
+  for (int64_t b = 0; b < s.batch; ++b) {
+    const float* x = s.x + b * s.hidden;
+    const RowStats stats = forward_stats<kCentred>(x, s.hidden, s.eps);
+    const VecF near = set1(stats.near), shift = set1(stats.shift), rstd = set1(stats.rstd);
+    for_vectors(s.hidden, [&](int64_t i, auto... n) {
+      const VecF h = normalised<kCentred>(x, near, shift, rstd, i, n...),
+                 w = load(weight + i, n...);
+      const VecF v = kCentred && bias != nullptr ? fma(h, w, load(bias + i, n...)) : h * w;
+      store(to + b * s.hidden + i, v, n...);
+    });
+  }
+}
+
+// y = the head x, rotated where there are tables.
+template <class T>
+inline void put_head(const PlanStep& s, const float* x, int64_t position, bool rotate, T* y) {
+  if (!rotate) {
+    each_vector(s.head_dim, [&](int64_t i, auto... n) { store(y + i, load(x + i, n...), n...); });
+    return;
+  }
+  const int64_t half = s.head_dim / 2;
+  const float *cos = s.cos + position * half, *sin = s.sin + position * half;
+  each_vector(half, [&](int64_t i, auto... n) {
+    const VecF x1 = load(x + i, n...), x2 = load(x + half + i, n...);
+    const VecF c = load(cos + i, n...), d = load(sin + i, n...);
+    store(y + i, fma(zero() - x2, d, x1 * c), n...);
+    store(y + half + i, fma(x1, d, x2 * c), n...);
+  });
+}
+
+template <class T>
+void project_heads(const PlanStep& s, const PlanLayer& layer, const T* rows, int64_t begin,
+                   int64_t end) {
+  Sums sums;
+  alignas(64) float heads[kPlanMaxBatch * kPlanMaxHead];
+  const T* bias = static_cast<const T*>(layer.qkv.bias);
+  const int64_t size = s.head_dim;
+  for (int64_t h = begin; h < end; ++h) {
+    const int64_t top = h * size;
+    for_panels(layer.qkv, rows, s.batch, top, top + size, &sums, [&](int64_t first, int64_t count) {
+      for (int64_t b = 0; b < s.batch; ++b) {
+        float* to = heads + b * kPlanMaxHead + first - top;
+        each_vector(count, [&](int64_t i, auto... n) {
+          store(to + i, biased(sums.at + b * kPanel, bias ? bias + first : nullptr, i, n...), n...);
+        });
+      }
+    });
+    const bool is_q = h < s.heads, is_k = !is_q && h < s.heads + s.kv_heads;
+    for (int64_t b = 0; b < s.batch; ++b) {
+      T* to;
+      if (is_q) {
+        to = static_cast<T*>(s.q) + (b * s.heads + h) * size;
+      } else {
+        const int64_t g = h - s.heads - (is_k ? 0 : s.kv_heads);
+        to = static_cast<T*>(is_k ? layer.keys : layer.values);
+        to += ((b * s.kv_heads + g) * s.capacity + s.positions[b]) * size;
+      }
+      put_head(s, heads + b * kPlanMaxHead, s.positions[b], s.cos && (is_q || is_k), to);
+    }
+  }
+}
+
+template <class T>
+void add_units(const PlanStep& s, const PlanProduct& p, const T* rows, int64_t begin, int64_t end) {
+  Sums sums;
+  const T* bias = static_cast<const T*>(p.bias);
+  const int64_t last = min_of<int64_t>(end * kPlanUnit, p.out);
+  for_panels(p, rows, s.batch, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
+    for (int64_t b = 0; b < s.batch; ++b) {
+      float* x = s.x + b * s.hidden + first;
+      each_vector(count, [&](int64_t i, auto... n) {
+        const VecF y = biased(sums.at + b * kPanel, bias ? bias + first : nullptr, i, n...);
+        store(x + i, load(x + i, n...) + y, n...);
+      });
+    }
+  });
+}
+
+template <Activation kAct, class T>
+void hidden_units(const PlanStep& s, const PlanLayer& layer, const T* rows, T* to, int64_t begin,
+                  int64_t end) {
+  Sums up, gate;
+  const PlanProduct &u = layer.up, &g = layer.gate;
+  const T *b_up = static_cast<const T*>(u.bias), *b_gate = static_cast<const T*>(g.bias);
+  const int64_t last = min_of<int64_t>(end * kPlanUnit, u.out);
+  const auto finish = [&](int64_t first, int64_t count) {
+    for (int64_t b = 0; b < s.batch; ++b) {
+      T* row = to + b * u.out + first;
+      each_vector(count, [&](int64_t i, auto... n) {
+        const VecF v = biased(up.at + b * kPanel, b_up ? b_up + first : nullptr, i, n...);
+        if (g.w == nullptr) return store(row + i, activate<kAct>(v), n...);
+        const VecF w = biased(gate.at + b * kPanel, b_gate ? b_gate + first : nullptr, i, n...);
+        store(row + i, activate<kAct>(w) * v, n...);
+      });
+    }
+  };
+  for_panels(u, rows, s.batch, begin * kPlanUnit, last, &up, [&](int64_t first, int64_t count) {
+    if (g.w == nullptr) return finish(first, count);
+    for_panels(g, rows, s.batch, first, first + count, &gate, finish);
+  });
+}
+
+template <class T>
+void logits_units(const PlanStep& s, const PlanProduct& p, const T* rows, float* to, int64_t limit,
+                  float* largest, int64_t* at, int64_t begin, int64_t end) {
+  Sums sums;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    largest[b] = -INFINITY;
+    at[b] = p.out;
+  }
+  const T* bias = static_cast<const T*>(p.bias);
+  const int64_t last = min_of<int64_t>(end * kPlanUnit, p.out);
+  for_panels(p, rows, s.batch, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
+    for (int64_t b = 0; b < s.batch; ++b) {
+      float* y = to + b * p.out + first;
+      each_vector(count, [&](int64_t i, auto... n) {
+        store(y + i, biased(sums.at + b * kPanel, bias ? bias + first : nullptr, i, n...), n...);
+      });
+      const int64_t seen = min_of(count, limit - first);
+      VecF top = set1(largest[b]);
+      int64_t i = 0;
+      for (; i + kLanes <= seen; i += kLanes) top = vmax(top, load(y + i));
+      if (i < seen) {
+        top = vmax(top, select(below(i, seen), load(y + i, static_cast<int>(seen - i)), top));
+      }
+      const float most = reduce_max(top);
+      if (!(most > largest[b])) continue;
+      largest[b] = most;
+      at[b] = first;
+      while (y[at[b] - first] != most) ++at[b];
+    }
+  });
+}
+
+void embed(const PlanStep& s) {
+  s.dtype == DType::kFloat32 ? embed_rows<float>(s) : embed_rows<bf16>(s);
+}
+void norm(const PlanStep& s, const PlanNorm& n, void* to) {
+  if (s.dtype == DType::kFloat32) {
+    float* y = static_cast<float*>(to);
+    return s.centred ? norm_rows<true>(s, n, y) : norm_rows<false>(s, n, y);
+  }
+  bf16* y = static_cast<bf16*>(to);
+  s.centred ? norm_rows<true>(s, n, y) : norm_rows<false>(s, n, y);
+}
+void project(const PlanStep& s, const PlanLayer& layer, const void* rows, int64_t begin,
+             int64_t end) {
+  s.dtype == DType::kFloat32 ? project_heads(s, layer, static_cast<const float*>(rows), begin, end)
+                             : project_heads(s, layer, static_cast<const bf16*>(rows), begin, end);
+}
+void add(const PlanStep& s, const PlanProduct& p, const void* rows, int64_t begin, int64_t end) {
+  s.dtype == DType::kFloat32 ? add_units(s, p, static_cast<const float*>(rows), begin, end)
+                             : add_units(s, p, static_cast<const bf16*>(rows), begin, end);
+}
+template <Activation kAct>
+void hidden_of(const PlanStep& s, const PlanLayer& layer, const void* rows, void* to, int64_t begin,
+               int64_t end) {
+  s.dtype == DType::kFloat32 ? hidden_units<kAct>(s, layer, static_cast<const float*>(rows),
+                                                  static_cast<float*>(to), begin, end)
+                             : hidden_units<kAct>(s, layer, static_cast<const bf16*>(rows),
+                                                  static_cast<bf16*>(to), begin, end);
+}
+void hidden(const PlanStep& s, const PlanLayer& layer, const void* rows, void* to, int64_t begin,
+            int64_t end) {
+  switch (s.act) {
+    case Activation::kSilu:
+      return hidden_of<Activation::kSilu>(s, layer, rows, to, begin, end);
+    case Activation::kGelu:
+      return hidden_of<Activation::kGelu>(s, layer, rows, to, begin, end);
+    case Activation::kGeluTanh:
+      return hidden_of<Activation::kGeluTanh>(s, layer, rows, to, begin, end);
+    case Activation::kRelu:
+      return hidden_of<Activation::kRelu>(s, layer, rows, to, begin, end);
+    case Activation::kRelu2:
+      return hidden_of<Activation::kRelu2>(s, layer, rows, to, begin, end);
+  }
+}
+void logits(const PlanStep& s, const PlanProduct& p, const void* rows, float* to, int64_t limit,
+            float* largest, int64_t* at, int64_t begin, int64_t end) {
+  s.dtype == DType::kFloat32
+      ? logits_units(s, p, static_cast<const float*>(rows), to, limit, largest, at, begin, end)
+      : logits_units(s, p, static_cast<const bf16*>(rows), to, limit, largest, at, begin, end);
+}
+
+FASTLM_EXPORT(DecodePlanKernels, decode_plan) = {embed, norm, project, add, hidden, logits};

@@ -1,0 +1,99 @@
+// The decode plan as a Python class. Addresses come as integers from fastlm/models/plan.py, which
+// checks the tensors and keeps them alive.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "torch/decode_plan.h"
+
+namespace fastlm {
+
+using Addresses = std::vector<uintptr_t>;
+
+inline void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// [attention norm's weight, bias, qkv's, out's, mlp norm's, gate's, up's, down's]
+inline PlanLayer plan_layer(const std::array<uintptr_t, 14>& a, const PlanStep& s, int64_t width) {
+  const auto norm = [&](size_t i) { return PlanNorm{pointer(a[i]), pointer(a[i + 1])}; };
+  const auto product = [&](size_t i, int64_t out, int64_t in) {
+    return PlanProduct{pointer(a[i]), pointer(a[i + 1]), a[i] ? out : 0, in};
+  };
+  const int64_t heads = s.heads * s.head_dim, every = (s.heads + 2 * s.kv_heads) * s.head_dim;
+  PlanLayer layer;
+  layer.attention_norm = norm(0);
+  layer.qkv = product(2, every, s.hidden);
+  layer.out = product(4, s.hidden, heads);
+  layer.mlp_norm = norm(6);
+  layer.gate = product(8, width, s.hidden);
+  layer.up = product(10, width, s.hidden);
+  layer.down = product(12, s.hidden, width);
+  return layer;
+}
+
+inline std::unique_ptr<DecodePlan> make_decode_plan(
+    const pybind11::dict& sizes, const std::vector<std::array<uintptr_t, 14>>& layers,
+    const std::array<uintptr_t, 7>& others) {
+  const auto whole = [&](const char* name) { return pybind11::cast<int64_t>(sizes[name]); };
+  const auto real = [&](const char* name) { return pybind11::cast<float>(sizes[name]); };
+  PlanModel model;
+  PlanStep& s = model.step;
+  s.dtype = whole("bf16") != 0 ? DType::kBFloat16 : DType::kFloat32;
+  s.batch = whole("batch");
+  s.hidden = whole("hidden");
+  s.heads = whole("heads");
+  s.kv_heads = whole("kv_heads");
+  s.head_dim = whole("head_dim");
+  s.vocab = whole("vocab");
+  s.eps = real("eps");
+  s.centred = whole("centred") != 0;
+  s.act = static_cast<Activation>(whole("activation"));
+  s.embed = pointer(others[0]);
+  s.learned = pointer(others[1]);
+  s.cos = static_cast<const float*>(pointer(others[2]));
+  s.sin = static_cast<const float*>(pointer(others[3]));
+  model.norm = {pointer(others[4]), pointer(others[5])};
+  model.head = {pointer(others[6]), nullptr, whole("outputs"), s.hidden};
+  model.places = whole("places");
+  model.window = whole("window");
+  model.scale = real("scale");
+  for (const auto& layer : layers) {
+    model.layers.push_back(plan_layer(layer, s, whole("intermediate")));
+  }
+  return std::make_unique<DecodePlan>(std::move(model));
+}
+
+inline void bind_decode_plan(pybind11::module_& m) {
+  namespace py = pybind11;
+  py::class_<DecodePlan>(m, "DecodePlan",
+                         "A decoder's weights and cache bound by address; a token a call.")
+      .def(py::init(&make_decode_plan), py::arg("sizes"), py::arg("layers"), py::arg("others"))
+      .def(
+          "bind_cache",
+          [](DecodePlan& plan, const Addresses& keys, const Addresses& values, int64_t capacity) {
+            std::vector<void*> k, v;
+            for (uintptr_t address : keys) k.push_back(pointer(address));
+            for (uintptr_t address : values) v.push_back(pointer(address));
+            plan.bind_cache(k, v, capacity);
+          },
+          "Where the layers' keys and values lie, and how many tokens they have room for.")
+      .def(
+          "step",
+          [](DecodePlan& plan, uintptr_t tokens, uintptr_t positions, int64_t past,
+             uintptr_t logits, int64_t limit, uintptr_t best) {
+            int64_t same[kPlanMaxBatch];
+            for (int64_t b = 0; b < plan.batch(); ++b) same[b] = past;
+            const auto* given = static_cast<const int64_t*>(pointer(positions));
+            const py::gil_scoped_release others_may_run;
+            plan.step(static_cast<const int64_t*>(pointer(tokens)), given ? given : same,
+                      static_cast<float*>(pointer(logits)), limit,
+                      static_cast<int64_t*>(pointer(best)));
+          },
+          py::arg("tokens"), py::arg("positions"), py::arg("past"), py::arg("logits"),
+          py::arg("limit"), py::arg("best"),
+          "One token of each sequence: logits and the place of the largest among the first "
+          "`limit`. `past` is the position of all where `positions` is 0.");
+}
+
+}  // namespace fastlm
