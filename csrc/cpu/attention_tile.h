@@ -209,21 +209,6 @@ inline void prefetch_rows(const T* p, int64_t stride, int64_t rows, int64_t n) {
 
 // ---- softmax ----
 
-// tanh: Cephes' polynomial near zero, exponentials beyond.
-inline VecF tanh_of(VecF x) {
-  const VecF size = vabs(x), z = x * x;
-  VecF p = set1(-5.70498872745e-3f);
-  p = fma(p, z, set1(2.06390887954e-2f));
-  p = fma(p, z, set1(-5.37397155531e-2f));
-  p = fma(p, z, set1(1.33314422036e-1f));
-  p = fma(p, z, set1(-3.33332819422e-1f));
-  const VecF near = fma(p * z, x, x);
-  const VecF e = vexp_falling<6>(set1(-2.0f) * size);
-  const VecF far = (set1(1.0f) - e) / (set1(1.0f) + e);
-  const VecF signed_far = select(less(x, zero()), zero() - far, far);
-  return select(less(size, set1(0.625f)), near, signed_far);
-}
-
 // One kv head of one sequence with the query heads that share it. Row r of the head is query
 // r / group of head r % group: all that read the same keys lie together.
 struct Head {
@@ -299,7 +284,7 @@ struct Scores {
     for (int64_t j = 0; j < vectors * kLanes; j += kLanes) {
       VecF x = load(s + j);
       if (head.a.softcap != 0.0f) {
-        const VecF cap = set1(head.a.softcap), t = tanh_of(x / cap);
+        const VecF cap = set1(head.a.softcap), t = vtanh(x / cap);
         if (slope != nullptr) store(slope + j, set1(1.0f) - t * t);
         x = cap * t;
       }

@@ -58,3 +58,18 @@ inline VecF vexp2_falling(VecF y) {
 
 // 1 / (1 + e^-x)
 inline VecF vsigmoid(VecF x) { return set1(1.0f) / (set1(1.0f) + vexp(zero() - x)); }
+
+// tanh x: Cephes' polynomial near zero, exponentials beyond.
+inline VecF vtanh(VecF x) {
+  const VecF size = vabs(x), z = x * x;
+  VecF p = set1(-5.70498872745e-3f);
+  p = fma(p, z, set1(2.06390887954e-2f));
+  p = fma(p, z, set1(-5.37397155531e-2f));
+  p = fma(p, z, set1(1.33314422036e-1f));
+  p = fma(p, z, set1(-3.33332819422e-1f));
+  const VecF near = fma(p * z, x, x);
+  const VecF e = vexp_falling<6>(set1(-2.0f) * size);
+  const VecF far = (set1(1.0f) - e) / (set1(1.0f) + e);
+  const VecF signed_far = select(less(x, zero()), zero() - far, far);
+  return select(less(size, set1(0.625f)), near, signed_far);
+}

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, needs_grad
-from fastlm.ops._registry import Backend, choose, native, register
+from fastlm.ops._library import define, direct, needs_grad
+from fastlm.ops._registry import Backend, choose, memory, native, register, remember
 
 REDUCTIONS = ("none", "mean", "sum")
+_NUMBER = {name: number for number, name in enumerate(REDUCTIONS)}
+_NONE, _, _SUM = range(3)
+_ONE = torch.ones(())
 
-_NATIVE = native(torch.float32, torch.bfloat16)
-
-
-def _cpu_unsupported(dtype: torch.dtype, *, softcap: bool) -> list[str]:
-    return _NATIVE(dtype) + (["has no softcap"] if softcap else [])
-
-
-register("cross_entropy", Backend("cpu", ("cpu",), _cpu_unsupported))
+register("cross_entropy", Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)))
 
 
-def _forward_fake(
+def _fake(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -32,40 +31,98 @@ def _forward_fake(
     ignore_index: int,
     smoothing: float,
     z_loss: float,
+    softcap: float,
     reduction: int,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = target.numel()
-    shape = (rows,) if REDUCTIONS[reduction] == "none" else ()
-    new = logits.new_empty
-    return new(shape, dtype=torch.float32), new((2 * rows + 1,), dtype=torch.float32)
+    loss = logits.new_empty((target.numel(),) if reduction == _NONE else (), dtype=torch.float32)
+    return loss, logits.new_empty(logits.shape if gradient else 0)
 
 
-_forward = define(
+# -> loss, gradient of that number (of the sum where the tokens' losses are returned) or empty
+_cross_entropy = define(
     "cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight,"
-    " int ignore_index, float smoothing, float z_loss, int reduction) -> (Tensor, Tensor)",
-    _forward_fake,
+    " int ignore_index, float smoothing, float z_loss, float softcap, int reduction, bool gradient)"
+    " -> (Tensor, Tensor)",
+    _fake,
 )
-_backward = define(
-    "cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor? weight,"
-    " Tensor? token_weight, Tensor state, int ignore_index, float smoothing,"
-    " float z_loss) -> Tensor",
-    lambda grad, logits, *others: torch.empty_like(logits, memory_format=torch.contiguous_format),
-)
+_direct = direct(_cross_entropy)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _Reduced(torch.autograd.Function):
+    """The gradient comes with the loss, in one visit to the logits, which are then not kept.
+
+    What is not differentiable comes as one tuple: that saves 3 us a step.
+    """
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, *args: Any) -> Tensor:
-        weight, token_weight, ignore_index, smoothing, z_loss, _ = args
-        loss, state = _forward(logits, target, *args)
-        ctx.save_for_backward(logits, target, weight, token_weight, state)
-        ctx.options = ignore_index, smoothing, z_loss
+    def forward(ctx: Any, logits: Tensor, args: tuple[Any, ...]) -> Tensor:
+        loss, gradient = _cross_entropy(logits, *args, True)
+        ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dlogits = _backward(grad, *ctx.saved_tensors, *ctx.options)
-        return dlogits, None, None, None, None, None, None, None
+        return *scaled(grad, *ctx.saved_tensors), None
+
+
+class _PerToken(torch.autograd.Function):
+    """The gradient needs the tokens' own, so the logits are kept and visited again."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, args: tuple[Any, ...]) -> Tensor:
+        target, weight, token_weight, *ctx.options, _ = args
+        ctx.save_for_backward(logits, target, weight, token_weight)
+        return _cross_entropy(logits, *args, False)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        logits, target, weight, token_weight = ctx.saved_tensors
+        args = target, weight, per_token(grad, token_weight), *ctx.options, _SUM, True
+        with torch.no_grad():
+            gradient = _cross_entropy(logits, *args)[1]
+        return once(_ONE, gradient)[0] if is_grad_enabled() else gradient, None
+
+
+def per_token(grad: Tensor, token_weight: Tensor | None) -> Tensor:
+    """What each token's loss counts in the gradient, contiguous."""
+    return grad.contiguous() if token_weight is None else token_weight.reshape(-1) * grad
+
+
+def scaled(factor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """Gradients made beforehand, times the gradient of the loss, inside a backward function.
+
+    It is one as a rule, and a graph that is not kept lets go of what it saved: then the gradients
+    are handed out as they are, or scaled where they lie.
+    """
+    if is_dynamo_compiling() or not factor.is_cpu:
+        return tuple(g * factor for g in gradients)
+    if is_grad_enabled():
+        return once(factor, *gradients)
+    if _keeps_graph():
+        return tuple(g * factor for g in gradients)
+    number = factor.item()
+    return gradients if number == 1.0 else tuple(g.mul_(number) for g in gradients)
+
+
+def once(factor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """The gradients times `factor` where they may be differentiated again: that then raises.
+
+    Without the leaf they would pass for constants, and a second derivative for zero.
+    """
+    made = _once(None, factor.detach().requires_grad_(), *gradients)
+    return made if isinstance(made, tuple) else (made,)
+
+
+@once_differentiable
+def _once(ctx: None, factor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    return tuple(g * factor for g in gradients)
+
+
+# True where PyTorch does not tell
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
 
 
 def cross_entropy(
@@ -111,18 +168,45 @@ def cross_entropy(
         TypeError: an argument of the wrong kind.
         IndexError: a target outside [0, V) that is not ignore_index (on CPU).
 
-    Computed in fp32; a logit of -inf is a class masked out. Differentiable once in logits, whose
-    gradient is rounded once to their dtype.
+    Computed in fp32; a logit of -inf is a class masked out. Differentiable once in logits. Their
+    gradient is rounded once to their dtype; where a reduced loss is not the end of the graph (its
+    own gradient is not one), the product with it is rounded again.
     Source: Szegedy et al., arXiv:1512.00567 (smoothing); Chowdhery et al., arXiv:2204.02311
     (z-loss).
     """
-    _check("cross_entropy", logits, target, token_weight)
-    check_options("cross_entropy", label_smoothing, softcap, reduction)
-    if weight is not None:
-        check_class_weight("cross_entropy", "weight", weight, logits.shape[-1], logits)
-    if choose("cross_entropy", logits, softcap=softcap is not None) == "reference":
-        _check_targets(target, logits.shape[-1], ignore_index)
-        return reference.cross_entropy(
+    try:
+        key = (logits.is_cpu or logits.device, logits.dtype)
+        backend = _chosen.get(key) or _choose(key, logits)
+        if backend == "cpu" and (weight is None is token_weight or _plain(weight, token_weight)):
+            # the binding checks shapes and targets, for calls of a few microseconds
+            if not 0.0 <= label_smoothing <= 1.0 or (softcap is not None and not softcap > 0.0):
+                raise ValueError
+            args = (
+                target,
+                weight,
+                token_weight,
+                ignore_index,
+                label_smoothing,
+                z_loss,
+                softcap or 0.0,
+                _NUMBER[reduction],
+            )
+            if reduction == "none":
+                if needs_grad(logits):
+                    return _PerToken.apply(logits, args).view(target.shape)
+                return _cross_entropy(logits, *args, False)[0].view(target.shape)
+            if logits.requires_grad and is_grad_enabled():
+                return _Reduced.apply(logits, args)
+            op = _cross_entropy if is_dynamo_compiling() else _direct
+            return op(logits, *args, False)[0]
+    except Exception as error:
+        _check(logits, target, weight, token_weight, label_smoothing, softcap, reduction)
+        raise _target_error(error) from None
+    _check(logits, target, weight, token_weight, label_smoothing, softcap, reduction)
+    if backend == "cpu":
+        weight = None if weight is None else weight.float().contiguous()
+        token_weight = None if token_weight is None else token_weight.float().contiguous()
+        return cross_entropy(
             logits,
             target,
             weight=weight,
@@ -133,22 +217,36 @@ def cross_entropy(
             token_weight=token_weight,
             reduction=reduction,
         )
-    if weight is not None:
-        weight = weight.float()
-    if token_weight is not None:
-        token_weight = token_weight.float()
-    args = weight, token_weight, ignore_index, label_smoothing, z_loss, REDUCTIONS.index(reduction)
-    try:
-        if needs_grad(logits):
-            loss = _CrossEntropy.apply(logits, target, *args)
-        else:
-            loss = _forward(logits, target, *args)[0]
-    except RuntimeError as error:
-        raise _target_error(error) from None
-    return loss.reshape(target.shape) if reduction == "none" else loss
+    check_targets("cross_entropy", target, logits.shape[-1], ignore_index)
+    return reference.cross_entropy(
+        logits,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        token_weight=token_weight,
+        reduction=reduction,
+    )
 
 
-def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+_chosen = memory()
+
+
+def _choose(key: tuple[Any, ...], logits: Tensor) -> str:
+    return remember(_chosen, key, choose("cross_entropy", logits))
+
+
+def _plain(*weights: Tensor | None) -> bool:
+    """Whether the kernel can read these weights as they are."""
+    return all(
+        w is None or (w.dtype == torch.float32 and w.is_contiguous() and not w.requires_grad)
+        for w in weights
+    )
+
+
+def check_targets(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """What the kernel checks by itself; on a GPU it would have to wait for the values."""
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -157,35 +255,35 @@ def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
         position = int(wrong.reshape(-1).nonzero()[0])
         got = f"{int(target.reshape(-1)[position])} at position {position}"
         expected = f"in [0, {classes}) or ignore_index {ignore_index}"
-        raise IndexError(f"cross_entropy: target must be {expected}, got {got}")
+        raise IndexError(f"{op}: target must be {expected}, got {got}")
 
 
-def _target_error(error: RuntimeError) -> Exception:
+def _target_error(error: Exception) -> Exception:
     """The kernel reads every target before it writes anything; its complaint, as an IndexError."""
     text = str(error)
     found = text.find("cross_entropy: target must be")
     return IndexError(text[found:]) if found >= 0 else error
 
 
-def _check(op: str, logits: Tensor, target: Tensor, token_weight: Tensor | None) -> None:
-    if (
-        isinstance(logits, Tensor)
-        and isinstance(target, Tensor)
-        and logits.dtype in _checks.FLOATS
-        and target.dtype == torch.int64
-        and logits.dim() > 0
-        and target.shape == logits.shape[:-1]
-        and logits.shape[-1] > 0
-        and target.device == logits.device
-        and token_weight is None
-    ):
-        return
+def _check(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    label_smoothing: float,
+    softcap: float | None,
+    reduction: str,
+) -> None:
+    op = "cross_entropy"
     _checks.floating(op, "logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise _checks.fail(op, "logits", "[..., V] with V > 0", list(logits.shape))
     check_target(op, target, logits.shape[:-1], logits)
     if token_weight is not None:
         check_token_weight(op, token_weight, target)
+    check_options(op, label_smoothing, softcap, reduction)
+    if weight is not None:
+        check_class_weight(op, "weight", weight, logits.shape[-1], logits)
 
 
 def check_target(op: str, target: Tensor, shape: torch.Size, like: Tensor) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
+from fastlm.ops._library import define
 from fastlm.ops._registry import choose, register
 from fastlm.ops.cross_entropy import (
     check_class_weight,
@@ -17,6 +19,14 @@ from fastlm.ops.cross_entropy import (
 _OP = "linear_cross_entropy"
 
 register(_OP)
+
+# -> loss per row; with `gradient` the logits become the gradient of factor sum_r scale[r] loss[r]
+_chunk = define(
+    "cross_entropy_chunk(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? scale,"
+    " float factor, int ignore_index, float smoothing, float z_loss, float softcap, bool gradient)"
+    " -> Tensor",
+    lambda logits, target, *others: target.new_empty(target.numel(), dtype=torch.float32),
+)
 
 
 def linear_cross_entropy(
