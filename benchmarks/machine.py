@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 import re
@@ -17,7 +16,7 @@ import torch
 
 import fastlm
 from benchmarks.timing import raised
-from fastlm import _ext
+from fastlm import _ext, memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,23 +64,11 @@ def commit() -> str:
 
 
 def use_allocator(keep: bool) -> str:
-    """Tells glibc to keep freed memory instead of returning it (keep), and names what is in use.
+    """Names the allocator in use, after telling glibc to keep freed memory if asked.
 
-    PyTorch has no caching allocator on the CPU: with glibc's defaults every tensor above 32 MB is
-    mapped anew and page-faulted, which costs more than most kernels here. It is the process's
-    setting, so it is the same for all that is timed in it.
+    It is the process's setting, so it is the same for all that is timed in it.
     """
-    preloaded = os.environ.get("LD_PRELOAD", "")
-    for name in ("tcmalloc", "jemalloc", "mimalloc"):
-        if name in preloaded:
-            return name
-    libc = platform.libc_ver()[0] or "the system's"
-    if keep and libc == "glibc":
-        mmap_max, trim_threshold = -4, -1
-        mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1):
-            return "glibc malloc keeping freed memory (mallopt)"
-    return f"{libc} malloc"
+    return memory.keep_freed_memory() if keep else memory.allocator()
 
 
 def cache_size(level: int) -> int:

@@ -9,15 +9,19 @@ first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastlm import ops
+from fastlm import ops, settings
 from fastlm._version import __version__
 from fastlm.explain import explain
 from fastlm.info import info
+from fastlm.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from fastlm import hf, models, nn
     from fastlm.hf.patch import Patch, patch
     from fastlm.hf.verify import verify
+
+if settings.keep_memory():
+    keep_freed_memory()
 
 _MODULES = ("hf", "models", "nn")
 _FUNCTIONS = {"Patch": "fastlm.hf", "patch": "fastlm.hf", "verify": "fastlm.hf"}
@@ -28,6 +32,7 @@ __all__ = [
     "explain",
     "hf",
     "info",
+    "keep_freed_memory",
     "models",
     "nn",
     "ops",

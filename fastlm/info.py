@@ -12,6 +12,7 @@ import torch
 
 from fastlm import _ext, ops
 from fastlm._version import __version__
+from fastlm.memory import allocator
 from fastlm.ops import _registry
 
 
@@ -76,16 +77,6 @@ def processor() -> str:
     except OSError:
         found = None
     return found[1] if found else platform.machine()
-
-
-def allocator() -> str:
-    """The C memory allocator this process runs on, as far as its loaded libraries tell."""
-    try:
-        libraries = Path("/proc/self/maps").read_text()
-    except OSError:
-        return "unknown"
-    found = re.search(r"/lib(tcmalloc\w*|jemalloc|mimalloc)[-.]\S*so", libraries)
-    return found[1] if found else "the C library's"
 
 
 def _gpus() -> list[str]:

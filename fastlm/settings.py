@@ -7,6 +7,7 @@ FASTLM_BACKEND     Forces one implementation for every operator: ``cpu``, ``cuda
                    decode plan of ``Decoder.generate``.
 FASTLM_CPU_ISA     Forces one CPU instruction set: ``baseline``, ``avx2``, ``avx512`` or
                    ``avx512bf16``. An unknown or unsupported one raises.
+FASTLM_MALLOC      ``keep`` tells glibc to keep freed memory (`fastlm.keep_freed_memory`).
 FASTLM_QUIET       ``1`` silences the one warning given when no native kernels are present.
 =================  ==========================================================================
 
@@ -28,6 +29,14 @@ def forced_backend() -> str | None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"FASTLM_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
+
+
+def keep_memory() -> bool:
+    """Whether FASTLM_MALLOC asks for freed memory to be kept; another word raises ValueError."""
+    word = os.environ.get("FASTLM_MALLOC") or None
+    if word not in (None, "keep"):
+        raise ValueError(f"FASTLM_MALLOC: expected keep, got {word!r}")
+    return word == "keep"
 
 
 def quiet() -> bool:

@@ -77,7 +77,8 @@ def error(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, factor: float 
     """The error of one tensor and its budget."""
     if ours.shape != exact.shape:
         raise AssertionError(f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}")
-    rounding = torch.finfo(ours.dtype).eps * _largest(exact)
+    eps = torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0.0  # integers are exact
+    rounding = eps * _largest(exact)
     mine, its = _distance(ours, exact), _distance(theirs, exact)
     return Error(name, mine, its, max(factor * its, rounding))
 
