@@ -4,8 +4,8 @@
 //            walks the key blocks they see, packing each once: k transposed, v as it is. Per block:
 //            scores in 6 x 4-vector register tiles, running maximum, exponentials, weights times v
 //            into an fp32 block; sums are rescaled only when a maximum grows
-// Tile       64 queries x 64 keys; key blocks outside all sight are skipped, columns past the
-//            diagonal left out per group of 6 rows
+// Tile       64 queries x 64 keys; key blocks outside all sight, by position or by the mask, are
+//            skipped; columns past the last one seen are left out per group of 6 rows
 // Traffic    q, out once; k, v once per task from cache; nothing of size tq x tk is ever stored
 // Numerics   fp32 scores, softmax and sums; bf16 products of bf16 pairs with fp32 sums where the
 //            processor has them, weights then rounded to bf16; blocks start at fixed rows, so the
@@ -108,16 +108,17 @@ template <class E>
 // One block of queries against one block of keys. `local` is the block's first row in the task.
 template <class E>
 [[gnu::noinline]] void forward_block(const AttentionForward& f, const ForwardMemory<E>& m,
-                                     Scores& scores, int64_t r0, int64_t rows, int64_t local,
-                                     bool started) {
+                                     Scores& scores, const MaskEffect& mask, int64_t r0,
+                                     int64_t rows, int64_t local, bool started) {
   const Head& head = scores.head;
   const int64_t weight_width = kBlock / E::kPer;
-  const bool plain = scores.plain(r0, r0 + rows);
+  const bool plain = scores.plain(r0, r0 + rows, mask);
   int64_t seen[(kBlock + kTileRows - 1) / kTileRows];  // keys in sight of each group's last row
   for (int64_t i = 0; i < rows; i += kTileRows) {
     const int n = static_cast<int>(min_of<int64_t>(kTileRows, rows - i));
-    const int64_t high = head.high(r0 + i + n - 1) - scores.k0;
-    const int64_t keys = max_of<int64_t>(0, min_of(high, scores.keys));
+    const int64_t r1 = r0 + i + n;
+    const int64_t keys =
+        scores.in_sight(r1, plain ? mask : MaskEffect(head, scores.k0, r0 + i, r1));
     seen[i / kTileRows] = keys;
     row_group<E>(n, vectors_of(keys), words_of(f.a.d, E::kPer),
                  {m.q + (local + i) * m.q_width, m.q_width, 1}, {m.keys, kBlock},
@@ -168,6 +169,20 @@ void finish_rows(const AttentionForward& f, const ForwardMemory<E>& m, const Hea
   }
 }
 
+// Packs one block of keys and values, and asks for the next.
+template <class T, class E>
+inline void pack_keys(const AttentionForward& f, const ForwardMemory<E>& m, const Head& head,
+                      int64_t k0, int64_t keys, int64_t end) {
+  const HeadRows &k = f.a.k, &v = f.a.v;
+  pack_transposed<E>(head.key_row<const T>(k, k0), k.row, keys, f.a.d, m.keys);
+  pack_rows<E>(head.key_row<const T>(v, k0), v.row, keys, f.a.dv, m.values, m.o_width);
+  const int64_t next = k0 + kBlock;
+  if (next >= end) return;
+  const int64_t count = min_of(kBlock, end - next);
+  prefetch_rows(head.key_row<const T>(k, next), k.row, count, f.a.d);
+  prefetch_rows(head.key_row<const T>(v, next), v.row, count, f.a.dv);
+}
+
 template <class T>
 void forward_task(const AttentionForward& f, int64_t task, float* scratch) {
   using E = Engine<T>;
@@ -192,18 +207,16 @@ void forward_task(const AttentionForward& f, int64_t task, float* scratch) {
   const int64_t low = head.low(begin), high = head.high(end - 1);
   for (int64_t k0 = low / kBlock * kBlock; k0 < high; k0 += kBlock) {
     const int64_t keys = min_of(kBlock, high - k0);
-    pack_transposed<E>(head.key_row<const T>(a.k, k0), a.k.row, keys, a.d, m.keys);
-    pack_rows<E>(head.key_row<const T>(a.v, k0), a.v.row, keys, a.dv, m.values, m.o_width);
-    if (k0 + kBlock < high) {
-      const int64_t next = k0 + kBlock, count = min_of(kBlock, high - next);
-      prefetch_rows(head.key_row<const T>(a.k, next), a.k.row, count, a.d);
-      prefetch_rows(head.key_row<const T>(a.v, next), a.v.row, count, a.dv);
-    }
+    bool packed = false;
     Scores scores{head, k0, keys, m.bias};
     for (int64_t r0 = begin; r0 < end; r0 += kBlock) {
       const int64_t rows = min_of(kBlock, end - r0), block = (r0 - begin) / kBlock;
       if (k0 >= head.high(r0 + rows - 1) || k0 + keys <= head.low(r0)) continue;
-      forward_block<E>(f, m, scores, r0, rows, r0 - begin, (started >> block & 1) != 0);
+      const MaskEffect mask(head, k0, r0, r0 + rows);
+      if (mask.most == 0) continue;
+      if (!packed) pack_keys<T>(f, m, head, k0, keys, high);
+      packed = true;
+      forward_block<E>(f, m, scores, mask, r0, rows, r0 - begin, (started >> block & 1) != 0);
       started |= uint64_t{1} << block;
     }
   }
@@ -224,8 +237,5 @@ void forward(const AttentionForward& f, int64_t task, float* scratch) {
 }
 
 FASTLM_EXPORT(AttentionKernels, attention) = {
-    forward_scratch,
-    forward,
-    backward_scratch,
-    backward,
+    read_mask, forward_scratch, forward, backward_scratch, backward,
 };

@@ -6,8 +6,8 @@
 //            up in fp32; when there are fewer heads than threads, tasks for chunks of key blocks
 //            make dk and dv and others for chunks of query blocks make dq, adding the same blocks
 //            in the same order
-// Tile       64 queries x 64 keys; blocks outside all sight are skipped, and so is the half of a
-//            diagonal block that is masked
+// Tile       64 queries x 64 keys; blocks outside all sight, by position or by the mask, are
+//            skipped, and so is the half of a diagonal block that is masked
 // Traffic    q, grad, out, k, v once; dq stays in cache or passes it once per key block
 // Numerics   as forward; bf16 p and ds are rounded to bf16 before the products, sums are fp32; same
 //            bits for any threads and for both kinds of task
@@ -124,15 +124,16 @@ void backward_rows(const AttentionBackward& f, const BackwardMemory<E>& m, Score
 // One block of queries against one block of keys; `local` is its first row in the task's memory.
 template <class E>
 void backward_block(const AttentionBackward& f, const BackwardMemory<E>& m, Scores& scores,
-                    int64_t r0, int64_t rows, int64_t local, bool want_keys, bool started,
-                    bool want_queries) {
+                    const MaskEffect& mask, int64_t r0, int64_t rows, int64_t local, bool want_keys,
+                    bool started, bool want_queries) {
   const Head& head = scores.head;
-  const bool plain = scores.plain(r0, r0 + rows);
+  const bool plain = scores.plain(r0, r0 + rows, mask);
   int64_t seen[(kBlock + kTileRows - 1) / kTileRows];  // keys in sight of each group's last row
   for (int64_t i = 0; i < rows; i += kTileRows) {
     const int n = static_cast<int>(min_of<int64_t>(kTileRows, rows - i));
-    const int64_t high = head.high(r0 + i + n - 1) - scores.k0;
-    const int64_t keys = max_of<int64_t>(0, min_of(high, scores.keys));
+    const int64_t r1 = r0 + i + n;
+    const int64_t keys =
+        scores.in_sight(r1, plain ? mask : MaskEffect(head, scores.k0, r0 + i, r1));
     seen[i / kTileRows] = keys;
     row_group<E>(n, vectors_of(keys), words_of(f.a.d, E::kPer),
                  {m.q + (local + i) * m.q_width, m.q_width, 1}, {m.keys, kBlock},
@@ -187,17 +188,21 @@ void backward_range(const AttentionBackward& f, const Head& head, int64_t begin,
   }
   for (int64_t k0 = key_begin; k0 < key_end; k0 += kBlock) {
     const int64_t keys = min_of(kBlock, key_end - k0);
-    pack_transposed<E>(head.key_row<const T>(a.k, k0), a.k.row, keys, a.d, m.keys);
-    pack_transposed<E>(head.key_row<const T>(a.v, k0), a.v.row, keys, a.dv, m.values);
-    if (want_queries) {
-      pack_rows<E>(head.key_row<const T>(a.k, k0), a.k.row, keys, a.d, m.key_rows, m.d_width);
-    }
     Scores scores{head, k0, keys, m.bias};
     bool started = false;
     for (int64_t r0 = begin; r0 < end; r0 += kBlock) {
       const int64_t rows = min_of(kBlock, end - r0);
       if (k0 >= head.high(r0 + rows - 1) || k0 + keys <= head.low(r0)) continue;
-      backward_block<E>(f, m, scores, r0, rows, r0 - begin, want_keys, started, want_queries);
+      const MaskEffect mask(head, k0, r0, r0 + rows);
+      if (mask.most == 0) continue;
+      if (!started) {
+        pack_transposed<E>(head.key_row<const T>(a.k, k0), a.k.row, keys, a.d, m.keys);
+        pack_transposed<E>(head.key_row<const T>(a.v, k0), a.v.row, keys, a.dv, m.values);
+        if (want_queries) {
+          pack_rows<E>(head.key_row<const T>(a.k, k0), a.k.row, keys, a.d, m.key_rows, m.d_width);
+        }
+      }
+      backward_block<E>(f, m, scores, mask, r0, rows, r0 - begin, want_keys, started, want_queries);
       started = true;
     }
     for (int64_t j = 0; want_keys && j < keys; ++j) {

@@ -240,6 +240,12 @@ struct Head {
     return b * a.lse_batch + query_head(r) * a.lse_head + first_q + query(r);
   }
 
+  // The byte of mask_blocks for the block of keys from k0 on, of row r's query and the first head.
+  const uint8_t* mask_bytes(int64_t k0, int64_t r) const {
+    return a.mask_blocks + b * a.mask_blocks_batch + h * group * a.mask_blocks_head +
+           k0 / kBlock * a.mask_blocks_key + query(r) * a.mask_blocks_row;
+  }
+
   // Keys [low, high) that row r can see, masks aside.
   int64_t low(int64_t r) const {
     return a.window == 0 ? 0 : min_of(tk, max_of<int64_t>(0, position(r) - a.window + 1));
@@ -259,6 +265,92 @@ struct Head {
   }
 };
 
+// ---- masks ----
+
+// Calls f(pointer to the mask's first element, hides(x), value(x)) in the mask's own type.
+template <class F>
+inline void with_mask(const Attention& a, F&& f) {
+  switch (a.mask_kind) {
+    case MaskKind::kBool:
+      return f(
+          static_cast<const uint8_t*>(a.mask), [](uint8_t seen) { return seen == 0; },
+          [](uint8_t seen) { return seen ? 0.0f : -HUGE_VALF; });
+    case MaskKind::kFloat32:
+      return f(
+          static_cast<const float*>(a.mask), [](float x) { return x == -HUGE_VALF; },
+          [](float x) { return x; });
+    case MaskKind::kBFloat16:
+      return f(
+          static_cast<const bf16*>(a.mask), [](bf16 x) { return x.bits == 0xff80; },
+          [](bf16 x) { return to_float(x); });
+    case MaskKind::kNone:
+      return;
+  }
+}
+
+// The byte of Attention::mask_blocks for the keys [0, n) of a row, `step` apart.
+template <class M, class H, class V>
+inline uint8_t mask_effect(const M* m, int64_t step, int64_t n, const H& hides, const V& value) {
+  int32_t hidden = 0, acting = 0;
+  const auto count = [&](M x) {
+    hidden += hides(x);
+    acting += !(value(x) == 0.0f);
+  };
+  if (step == 1) {
+    for (int64_t j = 0; j < n; ++j) count(m[j]);
+  } else {
+    for (int64_t j = 0; j < n; ++j) count(m[j * step]);
+  }
+  if (hidden == n) return 0;
+  int64_t end = n;
+  if (hidden > 0) {
+    while (hides(m[(end - 1) * step])) --end;
+  }
+  return static_cast<uint8_t>(end | (acting > n - end ? kMaskActs : 0));
+}
+
+void read_mask(const Attention& a, int64_t begin, int64_t end) {
+  const int64_t rows = a.mask_row == 0 ? 1 : a.tq, heads = a.mask_head == 0 ? 1 : a.heads;
+  with_mask(a, [&](const auto* mask, const auto& hides, const auto& value) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % rows, head = i / rows % heads, b = i / rows / heads;
+      const auto* m = mask + b * a.mask_batch + head * a.mask_head + row * a.mask_row;
+      uint8_t* out = a.mask_blocks + b * a.mask_blocks_batch + head * a.mask_blocks_head + row;
+      for (int64_t k0 = 0; k0 < a.tk; k0 += kBlock, out += a.mask_blocks_key) {
+        const int64_t n = min_of(kBlock, a.tk - k0);
+        *out = mask_effect(m + k0 * a.mask_key, a.mask_key, n, hides, value);
+      }
+    }
+  });
+}
+
+// What the mask does to the rows [begin, end) of a head and one block of keys: `reach` keys at the
+// least and at the most up to the last one a row sees; `acts` where it hides or adds before that.
+struct MaskEffect {
+  int64_t least = kBlock, most = kBlock;
+  bool acts = false;
+
+  MaskEffect() = default;
+  MaskEffect(const Head& head, int64_t k0, int64_t begin, int64_t end) {
+    const Attention& a = head.a;
+    if (a.mask == nullptr) return;
+    least = kBlock, most = 0;
+    const uint8_t* at = head.mask_bytes(k0, begin);
+    const int64_t queries =
+        a.mask_blocks_row == 0 ? 1 : head.query(end - 1) - head.query(begin) + 1;
+    const int64_t heads = a.mask_blocks_head == 0 ? 1 : head.group;
+    for (int64_t h = 0; h < heads; ++h) {
+      const uint8_t* bytes = at + h * a.mask_blocks_head;
+      for (int64_t i = 0; i < queries; ++i) {
+        const int64_t reach = bytes[i] & ~kMaskActs;
+        least = min_of(least, reach);
+        most = max_of(most, reach);
+        acts |= (bytes[i] & kMaskActs) != 0;
+      }
+    }
+  }
+};
+
 // Turns the scaled products of rows and keys [k0, k0 + keys) into scores: soft-cap, slopes, mask,
 // and -inf for what a row does not see.
 struct Scores {
@@ -267,24 +359,34 @@ struct Scores {
   float* bias;  // [kBlock] room for one row of slopes and mask
   bool filled = false;
 
-  bool has_bias() const { return head.a.slopes != nullptr || head.a.mask != nullptr; }
+  // Whether the products of rows [r0, r1), on which the mask has this effect, are scores already.
+  bool plain(int64_t r0, int64_t r1, const MaskEffect& mask) const {
+    return head.a.slopes == nullptr && head.a.softcap == 0.0f && keys == kBlock && !mask.acts &&
+           mask.least == kBlock && head.high(r0) >= k0 + keys && head.low(r1 - 1) <= k0;
+  }
 
-  // Whether the products of rows [r0, r1) are scores as they are.
-  bool plain(int64_t r0, int64_t r1) const {
-    return !has_bias() && head.a.softcap == 0.0f && keys == kBlock && head.high(r0) >= k0 + keys &&
-           head.low(r1 - 1) <= k0;
+  // Keys in sight of rows up to r1 - 1, on which the mask has this effect, counted from k0.
+  int64_t in_sight(int64_t r1, const MaskEffect& mask) const {
+    return max_of<int64_t>(0, min_of(min_of(head.high(r1 - 1) - k0, keys), mask.most));
   }
 
   // slope[j] receives d cap / d s of the soft-cap when wanted.
   void finish(int64_t r, float* s, int vectors, float* slope) {
+    const Attention& a = head.a;
     const VecF hidden = set1(-HUGE_VALF);
-    const bool biased = has_bias();
-    if (biased) fill_bias(r);
-    const int64_t low = head.low(r) - k0, high = min_of(head.high(r) - k0, keys);
+    const int effect =
+        a.mask == nullptr
+            ? static_cast<int>(kBlock)
+            : head.mask_bytes(k0,
+                              r)[(head.query_head(r) - head.h * head.group) * a.mask_blocks_head];
+    const bool masked = (effect & kMaskActs) != 0, biased = masked || a.slopes != nullptr;
+    if (biased) fill_bias(r, masked);
+    const int64_t low = head.low(r) - k0;
+    const int64_t high = min_of<int64_t>(min_of(head.high(r) - k0, keys), effect & ~kMaskActs);
     for (int64_t j = 0; j < vectors * kLanes; j += kLanes) {
       VecF x = load(s + j);
-      if (head.a.softcap != 0.0f) {
-        const VecF cap = set1(head.a.softcap), t = vtanh(x / cap);
+      if (a.softcap != 0.0f) {
+        const VecF cap = set1(a.softcap), t = vtanh(x / cap);
         if (slope != nullptr) store(slope + j, set1(1.0f) - t * t);
         x = cap * t;
       }
@@ -294,19 +396,7 @@ struct Scores {
     }
   }
 
-  template <class M, class F>
-  void add_mask(int64_t r, const F& value) {
-    const Attention& a = head.a;
-    const M* m = static_cast<const M*>(a.mask) + head.b * a.mask_batch +
-                 head.query_head(r) * a.mask_head + head.query(r) * a.mask_row + k0 * a.mask_key;
-    if (a.mask_key == 1) {
-      for (int64_t j = 0; j < keys; ++j) bias[j] += value(m[j]);
-    } else {
-      for (int64_t j = 0; j < keys; ++j) bias[j] += value(m[j * a.mask_key]);
-    }
-  }
-
-  void fill_bias(int64_t r) {
+  void fill_bias(int64_t r, bool masked) {
     const Attention& a = head.a;
     const bool same = a.slopes == nullptr && a.mask_row == 0 && a.mask_head == 0;
     if (filled && same) return;
@@ -317,19 +407,16 @@ struct Scores {
       const int64_t away = head.position(r) - k0;
       for (int64_t j = 0; j < keys; ++j) bias[j] = -slope * fabsf(static_cast<float>(away - j));
     }
-    switch (a.mask_kind) {
-      case MaskKind::kBool:
-        add_mask<uint8_t>(r, [](uint8_t seen) { return seen ? 0.0f : -HUGE_VALF; });
-        break;
-      case MaskKind::kFloat32:
-        add_mask<float>(r, [](float x) { return x; });
-        break;
-      case MaskKind::kBFloat16:
-        add_mask<bf16>(r, [](bf16 x) { return to_float(x); });
-        break;
-      case MaskKind::kNone:
-        break;
-    }
+    if (!masked) return;
+    with_mask(a, [&](const auto* mask, const auto&, const auto& value) {
+      const auto* m = mask + head.b * a.mask_batch + head.query_head(r) * a.mask_head +
+                      head.query(r) * a.mask_row + k0 * a.mask_key;
+      if (a.mask_key == 1) {
+        for (int64_t j = 0; j < keys; ++j) bias[j] += value(m[j]);
+      } else {
+        for (int64_t j = 0; j < keys; ++j) bias[j] += value(m[j * a.mask_key]);
+      }
+    });
   }
 };
 

@@ -21,6 +21,11 @@ struct Attention {
   const int32_t *starts_q, *starts_k;             // packed: [batch + 1] first rows, else null
   const void* mask;                               // broadcast dimensions have stride 0
   int64_t mask_batch, mask_head, mask_row, mask_key;
+  // What the mask does to a row and a block of keys: the number of keys up to the last one seen (0:
+  // all are hidden), and kMaskActs where it hides or adds anything before that. One byte for each
+  // block of keys and row of the mask, rows lying together; broadcast dimensions are there once.
+  uint8_t* mask_blocks;
+  int64_t mask_blocks_batch, mask_blocks_head, mask_blocks_key, mask_blocks_row;
   const float *slopes, *sinks;  // [heads] or null
   int64_t slopes_batch;         // stride between sequences, 0 where all share them
   int64_t window;               // 0: none
@@ -34,6 +39,7 @@ struct Attention {
 
 // Queries and keys are worked on in blocks of this many rows on every instruction set.
 constexpr int64_t kAttentionBlock = 64;
+constexpr uint8_t kMaskActs = 0x80;
 
 struct AttentionForward {
   Attention a;
@@ -55,6 +61,8 @@ struct AttentionBackward {
 // A worker owns `scratch` of the given number of floats, aligned to 64 bytes. The results do not
 // depend on how the work is cut into tasks nor on who runs them.
 struct AttentionKernels {
+  // Fills mask_blocks for the rows [begin, end) of all rows of the mask, broadcast ones once.
+  void (*read_mask)(const Attention&, int64_t begin, int64_t end);
   int64_t (*forward_scratch)(const AttentionForward&);
   void (*forward)(const AttentionForward&, int64_t task, float* scratch);
   int64_t (*backward_scratch)(const AttentionBackward&);

@@ -66,6 +66,23 @@ void set_mask(Attention& a, const Tensor& mask) {
   }
 }
 
+// Reads the mask once for all heads and blocks of a call; the bytes live as long as the result.
+std::optional<Tensor> read_mask(Attention& a) {
+  if (a.mask == nullptr || a.tk == 0) return std::nullopt;
+  const int64_t rows = a.mask_row == 0 ? 1 : a.tq, heads = a.mask_head == 0 ? 1 : a.heads;
+  const int64_t batch = a.mask_batch == 0 ? 1 : a.batch, blocks = attention_blocks(a.tk);
+  Tensor bytes = empty_cpu({batch, heads, blocks, rows}, ScalarType::Byte);
+  a.mask_blocks = static_cast<uint8_t*>(bytes.mutable_data_ptr());
+  a.mask_blocks_row = a.mask_row == 0 ? 0 : 1;
+  a.mask_blocks_key = rows;
+  a.mask_blocks_head = a.mask_head == 0 ? 0 : rows * blocks;
+  a.mask_blocks_batch = a.mask_batch == 0 ? 0 : rows * blocks * heads;
+  const AttentionKernels& kernels = attention_kernels();
+  parallel_rows(batch * heads * rows, a.tk * (a.mask_kind == MaskKind::kFloat32 ? 4 : 2),
+                [&](int64_t begin, int64_t end) { kernels.read_mask(a, begin, end); });
+  return bytes;
+}
+
 // cu_seqlens as the kernel reads them; returns the longest sequence.
 int64_t set_starts(const std::optional<Tensor>& starts, int64_t total, const int32_t*& out) {
   STD_TORCH_CHECK(starts->scalar_type() == ScalarType::Int && starts->is_contiguous(),
@@ -181,6 +198,7 @@ void run_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Opt
   if (lse != nullptr) f.lse = static_cast<float*>(lse->mutable_data_ptr());
   const int64_t heads = f.a.batch * f.a.kv_heads;
   if (q.numel() == 0) return;
+  const auto mask_blocks = read_mask(f.a);
   const double work = products(f.a);
   const int64_t threads = work < 5e4 ? 1 : torch::stable::get_num_threads();
   while (f.blocks_per_task > 1 && threads > 1 &&
@@ -246,6 +264,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   if (heads == 0 || (q.numel() == 0 && k.numel() == 0 && v.numel() == 0)) {
     return {dq, dk, dv};
   }
+  const auto mask_blocks = read_mask(f.a);
   const double work = 2.5 * products(f.a);
   const int64_t threads = work < 5e4 ? 1 : torch::stable::get_num_threads();
   // Split, a head takes seven products instead of five, but never leaves a thread without work.

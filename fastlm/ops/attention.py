@@ -185,7 +185,8 @@ def attention(
         softcap: c > 0; scores become c tanh(s / c), before the terms below.
         alibi_slopes: [Hq] or [B, Hq]; slope |p_i - j| is taken off the score.
         sinks: [Hq]; one more score per head, in the denominator of the softmax only.
-        mask: broadcastable to [B, Hq, Tq, Tk]; bool (True: seen) or floating (added).
+        mask: broadcastable to [B, Hq, Tq, Tk]; bool (True: seen) or floating (added). Blocks of
+            64 keys that it hides from 64 queries cost nothing.
         cu_seqlens_q: [N + 1] int32, from 0 to total: N sequences packed one after the other into
             q [total, Hq, D], k [total_k, Hkv, D], v [total_k, Hkv, Dv], none seeing another.
         cu_seqlens_k: the same for k and v; cu_seqlens_q when None.

@@ -114,44 +114,6 @@ def test_matches_float64(backend, dtype, name):
         matches([x.to(dtype) for x in (q, k, v)], options)
 
 
-def masks(batch, tq, tk):
-    """Masks by name, among them rows that see nothing and dimensions of stride 0."""
-    random = torch.rand(batch, 1, tq, tk) > 0.4
-    random[:, :, 5] = False
-    start = torch.arange(batch)[:, None, None, None] * (tk // 2)
-    at = torch.arange(tk)
-    added = torch.randn(4, tq, 1).masked_fill(torch.rand(4, tq, 1) > 0.9, -math.inf)
-    return {
-        "bool": random,
-        "bool_per_head": torch.rand(batch, 4, tq, tk) > 0.3,
-        "left_padding": at >= start,
-        "right_padding": at < tk - start,
-        "expanded": (at >= start).expand(batch, 4, tq, tk),
-        "bool_column": torch.rand(tq, 1) > 0.3,
-        "added": added,
-        "added_bf16": torch.randn(tq, tk).bfloat16(),
-        "added_transposed": torch.randn(batch, 1, tk, tq).mT,
-        "hf_minimum": torch.zeros(batch, 1, tq, tk).masked_fill(at > 30, -1e9),
-    }
-
-
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("name", masks(2, 70, 90))
-def test_reference_masks_as_pytorch_does(causal, name):
-    inputs = [heads(2, 4, 70, 32), heads(2, 2, 90, 32), heads(2, 2, 90, 32)]
-    agrees(inputs, {"mask": masks(2, 70, 90)[name], "causal": causal})
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("name", masks(2, 70, 90))
-def test_masks(dtype, causal, name):
-    q, k, v = heads(2, 4, 70, 32, dtype), heads(2, 2, 90, 32, dtype), heads(2, 2, 90, 32, dtype)
-    with ops.use_backend("cpu"):
-        matches([q, k, v], {"mask": masks(2, 70, 90)[name], "causal": causal})
-
-
 def in_steps(q, k, v, *, causal, softcap=None, alibi_slopes=None, sinks=None, return_lse=False):
     """Attention written out in PyTorch operations of the same dtype."""
     tq, tk, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
