@@ -21,6 +21,13 @@
 //   unzip(lo, hi)        puts sums made from lo and hi back into the order of i, in place
 //   as_float(h), as_pairs(v)  the same bits as the other kind of vector
 //   kFastPairs           whether dot2 is one instruction
+//   VecI                 4 kLanes bytes, or kLanes int32: load_bytes(p), set1_int(i)
+//   dot4(acc, u, s)      acc[l] += u[4l]s[4l] + ... + u[4l+3]s[4l+3], u unsigned bytes, s signed;
+//   exact
+//                        where no |s| exceeds 64, or no u 128 and no |s| 127
+//   kFastBytes           whether dot4 is one instruction, and then exact always
+//   and_bytes(v, b), flip_bytes(v, b)  every byte of v and b, or exclusive or b; high_nibbles(v)
+//   shift_add<n>(a, b) = (a << n) + b and to_lanes(v), int32 to float, by lane
 //
 // No include guard and no includes: target.cpp includes it once, inside the set's namespace.
 template <class T>

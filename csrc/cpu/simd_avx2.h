@@ -175,3 +175,26 @@ inline VecF dot2(VecF acc, VecH a, VecH b) {
   return fma(_mm256_castsi256_ps(_mm256_and_si256(a, high)),
              _mm256_castsi256_ps(_mm256_and_si256(b, high)), acc);
 }
+
+constexpr bool kFastBytes = false;
+using VecI = __m256i;
+inline VecI load_bytes(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline VecI set1_int(int32_t i) { return _mm256_set1_epi32(i); }
+inline VecI and_bytes(VecI v, uint8_t b) {
+  return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(b)));
+}
+inline VecI flip_bytes(VecI v, uint8_t b) {
+  return _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(b)));
+}
+inline VecI high_nibbles(VecI v) { return and_bytes(_mm256_srli_epi16(v, 4), 15); }
+template <int kBits>
+inline VecI shift_add(VecI a, VecI b) {
+  return _mm256_add_epi32(_mm256_slli_epi32(a, kBits), b);
+}
+inline VecF to_lanes(VecI v) { return _mm256_cvtepi32_ps(v); }
+inline VecI dot4(VecI acc, VecI u, VecI s) {
+  const __m256i pairs = _mm256_maddubs_epi16(u, s);
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}

@@ -187,3 +187,32 @@ inline VecF dot2(VecF acc, VecH a, VecH b) {
              _mm512_castsi512_ps(_mm512_and_si512(b, high)), acc);
 #endif
 }
+
+#if defined(__AVX512VNNI__)
+constexpr bool kFastBytes = true;
+#else
+constexpr bool kFastBytes = false;
+#endif
+using VecI = __m512i;
+inline VecI load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline VecI set1_int(int32_t i) { return _mm512_set1_epi32(i); }
+inline VecI and_bytes(VecI v, uint8_t b) {
+  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(b)));
+}
+inline VecI flip_bytes(VecI v, uint8_t b) {
+  return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(b)));
+}
+inline VecI high_nibbles(VecI v) { return and_bytes(_mm512_srli_epi16(v, 4), 15); }
+template <int kBits>
+inline VecI shift_add(VecI a, VecI b) {
+  return _mm512_add_epi32(_mm512_slli_epi32(a, kBits), b);
+}
+inline VecF to_lanes(VecI v) { return _mm512_cvtepi32_ps(v); }
+inline VecI dot4(VecI acc, VecI u, VecI s) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpbusd_epi32(acc, u, s);
+#else
+  const __m512i pairs = _mm512_maddubs_epi16(u, s);
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+}

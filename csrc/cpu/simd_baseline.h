@@ -146,3 +146,31 @@ inline VecF dot2(VecF acc, VecH a, VecH b) {
   acc = fma(as_float(a << 16), as_float(b << 16), acc);
   return fma(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u), acc);
 }
+
+constexpr bool kFastBytes = false;
+typedef int32_t VecI __attribute__((vector_size(16)));
+inline VecI load_bytes(const uint8_t* p) {
+  VecI v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline VecI set1_int(int32_t i) { return VecI{i, i, i, i}; }
+inline int32_t four_bytes(uint8_t b) { return static_cast<int32_t>(b * 0x01010101u); }
+inline VecI and_bytes(VecI v, uint8_t b) { return v & four_bytes(b); }
+inline VecI flip_bytes(VecI v, uint8_t b) { return v ^ four_bytes(b); }
+inline VecI high_nibbles(VecI v) { return and_bytes(v >> 4, 15); }
+template <int kBits>
+inline VecI shift_add(VecI a, VecI b) {
+  return (a << kBits) + b;
+}
+inline VecF to_lanes(VecI v) { return __builtin_convertvector(v, VecF); }
+// Products of bytes fit words; even and odd bytes apart, then the words of a lane are added.
+inline VecI dot4(VecI acc, VecI u, VecI s) {
+  typedef int16_t VecS __attribute__((vector_size(16)));
+  typedef uint16_t VecUS __attribute__((vector_size(16)));
+  const VecUS uw = reinterpret_cast<VecUS>(u), sw = reinterpret_cast<VecUS>(s);
+  const VecS even = reinterpret_cast<VecS>(uw & 255) * (reinterpret_cast<VecS>(sw << 8) >> 8);
+  const VecS odd = reinterpret_cast<VecS>(uw >> 8) * (reinterpret_cast<VecS>(sw) >> 8);
+  const VecI a = reinterpret_cast<VecI>(even), b = reinterpret_cast<VecI>(odd);
+  return acc + ((a << 16) >> 16) + (a >> 16) + ((b << 16) >> 16) + (b >> 16);
+}

@@ -6,7 +6,8 @@ from fastlm.reference.feed_forward import feed_forward
 from fastlm.reference.layer_norm import layer_norm
 from fastlm.reference.linear import linear
 from fastlm.reference.linear_cross_entropy import linear_cross_entropy
-from fastlm.reference.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
+from fastlm.reference.quantized_linear import quantize_weight, quantized_linear
+from fastlm.reference.quantized_weight import QuantizedWeight
 from fastlm.reference.rms_norm import rms_norm
 from fastlm.reference.rope import rope, rotated_width
 from fastlm.reference.sample import probabilities, sample
