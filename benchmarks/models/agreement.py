@@ -33,7 +33,9 @@ class Agreement:
         for name, e in self.errors.items():
             verdict = "ok" if e.ok else "TOO LARGE"
             same = f"same likeliest token at {self.same_token[name]:.0%} of the positions"
-            found.append(f"{TITLES[name]} {e.largest:.2e}, {verdict} (allowed {allowed:.2e}); {same}")
+            found.append(
+                f"{TITLES[name]} {e.largest:.2e}, {verdict} (allowed {allowed:.2e}); {same}"
+            )
         return found
 
     def record(self) -> dict:
