@@ -16,11 +16,12 @@
 // Calls f(first, count) with the sums of weight rows [first, first + count) for all of [begin,
 // end).
 template <class T, class F>
-inline void for_panels(const PlanProduct& p, const T* x, int64_t rows, int64_t begin, int64_t end,
-                       Sums* sums, F&& f) {
+inline void for_panels(const PlanStep& s, const PlanProduct& p, const T* x, int64_t begin,
+                       int64_t end, Sums* sums, F&& f) {
   for (int64_t n = begin; n < end; n += kPanel) {
     const int64_t count = min_of<int64_t>(kPanel, end - n);
-    panel_product(x, rows, static_cast<const T*>(p.w) + n * p.in, p.in, count, p.in, sums);
+    panel_product(x, s.batch, static_cast<const T*>(p.w) + n * p.in, p.in, count, p.in, sums,
+                  s.near);
     f(n, count);
   }
 }
@@ -81,7 +82,7 @@ void project_heads(const PlanStep& s, const PlanLayer& layer, const T* rows, int
   const int64_t size = s.head_dim;
   for (int64_t h = begin; h < end; ++h) {
     const int64_t top = h * size;
-    for_panels(layer.qkv, rows, s.batch, top, top + size, &sums, [&](int64_t first, int64_t count) {
+    for_panels(s, layer.qkv, rows, top, top + size, &sums, [&](int64_t first, int64_t count) {
       for (int64_t b = 0; b < s.batch; ++b) {
         float* to = heads + b * kPlanMaxHead + first - top;
         each_vector(count, [&](int64_t i, auto... n) {
@@ -109,7 +110,7 @@ void add_units(const PlanStep& s, const PlanProduct& p, const T* rows, int64_t b
   Sums sums;
   const T* bias = static_cast<const T*>(p.bias);
   const int64_t last = min_of<int64_t>(end * kPlanUnit, p.out);
-  for_panels(p, rows, s.batch, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
+  for_panels(s, p, rows, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
     for (int64_t b = 0; b < s.batch; ++b) {
       float* x = s.x + b * s.hidden + first;
       each_vector(count, [&](int64_t i, auto... n) {
@@ -138,9 +139,9 @@ void hidden_units(const PlanStep& s, const PlanLayer& layer, const T* rows, T* t
       });
     }
   };
-  for_panels(u, rows, s.batch, begin * kPlanUnit, last, &up, [&](int64_t first, int64_t count) {
+  for_panels(s, u, rows, begin * kPlanUnit, last, &up, [&](int64_t first, int64_t count) {
     if (g.w == nullptr) return finish(first, count);
-    for_panels(g, rows, s.batch, first, first + count, &gate, finish);
+    for_panels(s, g, rows, first, first + count, &gate, finish);
   });
 }
 
@@ -154,7 +155,7 @@ void logits_units(const PlanStep& s, const PlanProduct& p, const T* rows, float*
   }
   const T* bias = static_cast<const T*>(p.bias);
   const int64_t last = min_of<int64_t>(end * kPlanUnit, p.out);
-  for_panels(p, rows, s.batch, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
+  for_panels(s, p, rows, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
     for (int64_t b = 0; b < s.batch; ++b) {
       float* y = to + b * p.out + first;
       each_vector(count, [&](int64_t i, auto... n) {

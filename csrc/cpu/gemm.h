@@ -5,7 +5,8 @@
 //            weights may change between calls. The rows of w that come next are prefetched, spread
 //            over the tiles of x, because the hardware follows no stream across a page.
 // Tile       4 rows of x by 4 of w (8 and 16 accumulators fill the registers of AVX2 and AVX-512),
-//            1 by 8 and 2 by 8 for so few rows; k in blocks of 4 KiB a row that stay in L1
+//            2 by 8 for two rows, 1 by 8 streams for one; k in blocks of 4 KiB a row that stay in
+//            L1
 // Traffic    reads w once from memory, x from L2 once per tile of w
 // Numerics   fp32 sums in an order that depends on the shapes only: same bits for any threads
 // Source     register tiles along k as in tinyBLAS, justine.lol/matmul
@@ -104,6 +105,69 @@ inline void one_tile_of_x(const T* x, int64_t ldx, const T* w, int64_t ldw, int6
   }
 }
 
+// sums[j] = x . w[j,:] for one row of x and rows_w rows of w that follow each other in memory.
+//
+// From memory: eight streams of neighbouring rows, each fetched a little ahead. One stream alone
+// leaves memory waiting, and eight rows abreast end before the processor has seen them coming when
+// rows are short. From the caches one stream is fastest, with nothing fetched.
+template <class T>
+void one_row(const T* x, const T* w, int64_t ldw, int64_t rows_w, int64_t k, float* sums,
+             bool near) {
+  constexpr int kStreams = 8, kAcross = 4;
+  constexpr int64_t kAhead = 1024;  // bytes
+  VecF total[kPanel];
+  const int64_t each = near ? 0 : rows_w / kStreams;
+  for (int64_t r = 0; r < each; ++r) {
+    const T* row = w + r * ldw;
+    VecF acc[kStreams];
+#pragma GCC unroll 8
+    for (int j = 0; j < kStreams; ++j) acc[j] = zero();
+    int64_t i = 0;
+    for (; i + kStep<T> <= k; i += kStep<T>) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kStreams; ++j) {
+        const T* from = row + j * each * ldw + i;
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead, 0, 2);
+        acc[j] = multiply_add(acc[j], operand(x + i), operand(from));
+      }
+    }
+    if (i < k) {
+      const int n = static_cast<int>(k - i);
+#pragma GCC unroll 8
+      for (int j = 0; j < kStreams; ++j) {
+        acc[j] = multiply_add(acc[j], operand(x + i, n), operand(row + j * each * ldw + i, n));
+      }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < kStreams; ++j) total[j * each + r] = acc[j];
+  }
+  for (int64_t r = each * kStreams; r < rows_w; ++r) {
+    const T* row = w + r * ldw;
+    VecF acc[kAcross];
+#pragma GCC unroll 4
+    for (int j = 0; j < kAcross; ++j) acc[j] = zero();
+    int64_t i = 0;
+    for (; i + kAcross * kStep<T> <= k; i += kAcross * kStep<T>) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kAcross; ++j) {
+        const int64_t at = i + j * kStep<T>;
+        acc[j] = multiply_add(acc[j], operand(x + at), operand(row + at));
+      }
+    }
+    for (; i + kStep<T> <= k; i += kStep<T>) {
+      acc[0] = multiply_add(acc[0], operand(x + i), operand(row + i));
+    }
+    if (i < k) {
+      const int n = static_cast<int>(k - i);
+      acc[1] = multiply_add(acc[1], operand(x + i, n), operand(row + i, n));
+    }
+    total[r] = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  }
+  const int64_t padded = (rows_w + kLanes - 1) / kLanes * kLanes;  // at most kPanel
+  for (int64_t r = rows_w; r < padded; ++r) total[r] = zero();
+  for (int64_t r = 0; r < padded; r += kLanes) store(sums + r, reduce_lanes(total + r));
+}
+
 template <int kFetch, class T>
 inline void some_rows(int64_t rows, const T* x, int64_t ldx, const T* w, int64_t ldw,
                       int64_t rows_w, int64_t k, float* sums, bool add, const T* next) {
@@ -124,8 +188,6 @@ template <class T>
 void panel_block(const T* x, int64_t ldx, int64_t rows, const T* w, int64_t ldw, int64_t rows_w,
                  int64_t k, float* sums, bool add) {
   switch (rows) {
-    case 1:
-      return one_tile_of_x<1, 8>(x, ldx, w, ldw, rows_w, k, sums, add);
     case 2:
       return one_tile_of_x<2, 2 * kTileW>(x, ldx, w, ldw, rows_w, k, sums, add);
     case 3:
@@ -154,10 +216,11 @@ void panel_block(const T* x, int64_t ldx, int64_t rows, const T* w, int64_t ldw,
 }
 
 // sums [rows, rows_w] = x [rows, k] w[rows_w, k]^T for rows <= kBlockX, rows_w <= kPanel; rows of w
-// are ldw apart.
+// are ldw apart. `near` says that w is in the caches, which matters to one row of x.
 template <class T>
 void panel_product(const T* x, int64_t rows, const T* w, int64_t ldw, int64_t rows_w, int64_t k,
-                   Sums* sums) {
+                   Sums* sums, bool near = false) {
+  if (rows == 1) return one_row(x, w, ldw, rows_w, k, sums->at, near);
   const int64_t block = rows <= kTileX ? k : 4096 / static_cast<int64_t>(sizeof(T));
   int64_t i = 0;
   do {

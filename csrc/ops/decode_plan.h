@@ -38,6 +38,7 @@ struct PlanStep {
   float eps = 0.0f;
   bool centred = false;  // layer_norm, else rms_norm
   Activation act = Activation::kSilu;
+  bool near = false;              // whether the weights may stay in the caches from token to token
   int64_t capacity = 0;           // tokens of the cache
   const void* embed = nullptr;    // [vocab, hidden]
   const void* learned = nullptr;  // [positions, hidden], or null

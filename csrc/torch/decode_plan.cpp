@@ -29,6 +29,7 @@ constexpr int64_t kStages = 6;           // of a layer
 constexpr int kSpins = 4096;             // some tens of microseconds, then others may run
 constexpr int64_t kShare = 32 * 1024;    // bytes of a stage's weights that are worth a thread
 constexpr int64_t kPiecesPerThread = 4;  // of a stage
+constexpr int64_t kNear = 24 << 20;      // bytes of weights that a last-level cache may keep
 
 inline void relax() {
 #if FASTLM_X86
@@ -96,6 +97,7 @@ DecodePlan::DecodePlan(PlanModel model) : model_(std::move(model)) {
     }
     widest = std::max(widest, layer.up.out);
   }
+  model_.step.near = weights * size <= kNear;
   useful_threads_ = std::max<int64_t>(1, weights * size / stages / kShare);
   row_bytes_ = s.batch * s.hidden * size;
   x_ = Buffer(s.batch * s.hidden * 4);
