@@ -161,10 +161,11 @@ void finish_rows(const AttentionForward& f, const ForwardMemory<E>& m, const Hea
     });
     if (f.lse != nullptr) {
       const int64_t at = head.lse_at(r0 + i);
-      const double lse =
-          total == 0.0f ? -HUGE_VAL : static_cast<double>(m.maxima[local + i]) + log(total);
-      f.lse[at] = static_cast<float>(lse);
-      f.lse[f.a.lse_size + at] = total == 0.0f ? 0.0f : static_cast<float>(lse - f.lse[at]);
+      const double top = m.maxima[local + i], rest = log(total);
+      f.lse[at] = total == 0.0f ? -HUGE_VALF : static_cast<float>(top + rest);
+      // what the rounding took off; for a row of -3e38, as masks make them, that is the logarithm
+      f.lse[f.a.lse_size + at] =
+          total == 0.0f ? 0.0f : static_cast<float>((top - f.lse[at]) + rest);
     }
   }
 }

@@ -102,7 +102,7 @@ void backward_rows(const AttentionBackward& f, const BackwardMemory<E>& m, Score
     if (j < vectors * kLanes) {
       for (int c = 0; c < count; ++c) {
         VecF x = load(m.s + (i + c) * kBlock + j) - lse[c];
-        if (E::kPer == 1) x = x - low[c];  // a lse of 4 has lost 2e-7, more than exp loses
+        x = x - low[c];  // a lse of 4 has lost 2e-7, more than exp loses
         p[c] = vexp_falling<E::kDegree>(x);
         ds[c] = p[c] * (load(m.ds + (i + c) * kBlock + j) - delta[c]);
         if (capped) ds[c] = ds[c] * load(m.slope + c * kBlock + j);

@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_attention import DTYPES, agrees, heads, matches, needs_native
 
-from fastlm import ops
+from fastlm import ops, reference
+from fastlm.testing import check
 
 
 def masks(batch, tq, tk):
@@ -146,3 +147,24 @@ def test_same_bits_for_any_number_of_threads_under_a_mask(batch):
     finally:
         torch.set_num_threads(before)
     assert equal(results[0], results[1]) and equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_hidden_by_a_finite_mask_sees_all_keys_alike(dtype):
+    """transformers' eager masks hold the lowest number, not -inf: a padded row of them is flat."""
+    q, k, v = (torch.randn(1, 2, 5, 16).to(dtype) for _ in range(3))
+    mask = torch.zeros(1, 1, 5, 5, dtype=dtype)
+    mask[0, 0, 1] = torch.finfo(dtype).min
+
+    def ours(q, k, v):
+        return ops.attention(q, k, v, mask=mask)
+
+    def baseline(q, k, v):  # not SDPA, whose gradients of such a row are wrong
+        return ((q @ k.mT) / 4 + mask).softmax(-1) @ v
+
+    def oracle(q, k, v):
+        return reference.attention(q, k, v, mask=mask.double())
+
+    check(ours, baseline, oracle, (q, k, v))
+    weights = ours(q, k, torch.eye(5, 16, dtype=dtype).expand(1, 2, 5, 16))[0, 0, 1, :5]
+    torch.testing.assert_close(weights, torch.full((5,), 0.2, dtype=dtype))
