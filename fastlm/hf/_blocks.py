@@ -20,7 +20,7 @@ class Blocks:
     """What is known about the classes met during one call of `patch`."""
 
     wanted: frozenset[str]
-    rotary: int | None  # width of the model's rotation tables
+    rotary: nn.Module | None  # what makes the model's rotation tables
     _sites: dict[type, Sites | str] = field(default_factory=dict)
     _ropes: dict[Any, Callable[..., Any] | str] = field(default_factory=dict)
     _made: dict[Any, Callable[..., Any]] = field(default_factory=dict)
@@ -47,14 +47,14 @@ class Blocks:
         edit, stems, texts, kept = Edit(), [], [], []
         if sites.attention and "attention" in self.wanted:
             used = getattr(getattr(module, "config", None), "_attn_implementation", None)
-            if used in ("sdpa", "fastlm"):
+            if used in ("sdpa", "fastlm", "eager"):
                 from fastlm.hf.attention_interface import select
 
                 edit.attention = select
                 stems.append("attention")
                 texts.append("attention")
             else:
-                kept.append(f"attention: asks for {used!r}; fastlm's stands in for 'sdpa'")
+                kept.append(f"attention: asks for {used!r}; fastlm's stands in for sdpa and eager")
         if "rope" in self.wanted:
             for name in set(sites.rope):
                 rope = self._rope(plain_forward(cls).__globals__[name])
@@ -73,26 +73,24 @@ class Blocks:
             return kept, None
         try:
             function = self._rewritten(cls, edit)
-            calls = _probe.arguments_for(function, *self._input(module))
+            eager = getattr(getattr(module, "config", None), "_attn_implementation", "") == "eager"
+            calls = _probe.arguments_for(function, *self._input(module), additive=eager)
         except (CannotRewrite, _probe.Mismatch) as e:
             return kept, str(e)
-        return kept, Candidate(tuple(stems), ", ".join(texts), function, calls)
+        # eager attention also returns its weights, which fastlm's never makes
+        first = eager and edit.attention is not None
+        return kept, Candidate(tuple(stems), ", ".join(texts), function, calls, first)
 
-    def _input(self, module: nn.Module) -> tuple[int, int | None, Tensor]:
-        """Width of the hidden states, width of the rotation tables, a tensor on the device."""
+    def _input(self, module: nn.Module) -> tuple[int, Any, Tensor]:
+        """Width of the hidden states, rotation tables, a tensor on the device."""
         for child in module.modules():
             weight = getattr(child, "weight", None)
             if isinstance(weight, nn.Parameter):
-                if isinstance(child, nn.Linear):
-                    return child.in_features, self._width(module), weight
-                return weight.shape[0], self._width(module), weight
+                width = child.in_features if isinstance(child, nn.Linear) else weight.shape[0]
+                sizes = [getattr(m, "head_dim", None) for m in module.modules()]
+                head = next((s for s in sizes if isinstance(s, int)), None)
+                return width, _probe.rotation_tables(self.rotary, head, weight), weight
         raise _probe.Mismatch("no trial run: the width of its input was not found")
-
-    def _width(self, module: nn.Module) -> int | None:
-        if self.rotary is not None:
-            return self.rotary
-        sizes = [getattr(m, "head_dim", None) for m in module.modules()]
-        return next((s for s in sizes if isinstance(s, int)), None)
 
     def _rewritten(self, cls: type, edit: Edit) -> Callable[..., Any]:
         key = (cls, edit.attention, *edit.rope.items(), edit.norms)
@@ -128,17 +126,48 @@ def _with_checkpointing(function: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """How a function (q, k, cos, sin) rotates heads, in the terms of ops.rope."""
+
+    interleaved: bool
+    half: bool  # only the first half of the tables is read, an angle for each pair
+    narrow: bool  # the tables hold one angle for each pair: half as wide as what rotates
+    backwards: bool  # by the opposite angle
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        width = cos.shape[-1]
+        if self.half:
+            cos, sin = cos[..., : width // 2], sin[..., : width // 2]
+        width *= 2 if self.narrow else 1
+        sin = -sin if self.backwards else sin
+        return ops.rope(q, k, cos, sin, interleaved=self.interleaved, rotary_dim=width)
+
+
+# interleaved, half, narrow, backwards: what the rotations of transformers' models were found to be
+_ROTATIONS = [
+    Rotation(*form)
+    for form in (
+        (False, False, False, False),
+        (True, False, False, False),
+        (True, True, False, False),
+        (False, False, True, False),
+        (True, False, True, False),
+        (False, False, False, True),
+    )
+]
+
+
 def match_rope(function: Callable[..., Any]) -> Callable[..., Any] | str:
     """The replacement of a function (q, k, cos, sin) that rotates, or why there is none."""
-    forms = [(False, False), (True, False), (True, True)]
-    found = next((form for form in forms if _rotates(function, 16, *form)), None)
+    found = next((form for form in _ROTATIONS if _rotates(function, form, partial=False)), None)
     if found is None:
         return f"{getattr(function, '__name__', 'its rotation')} pairs elements in another way"
-    interleaved, half = found
-    partial = _rotates(function, 8, *found)
+    rotation = found
+    partial = _rotates(function, rotation, partial=True)
 
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        width = cos.shape[-1]
+        width = cos.shape[-1] * (2 if rotation.narrow else 1)
         if (
             args
             or kwargs
@@ -149,27 +178,19 @@ def match_rope(function: Callable[..., Any]) -> Callable[..., Any] | str:
             or (cos.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type))
         ):
             return function(q, k, cos, sin, *args, **kwargs)
-        if half:
-            cos, sin = cos[..., : width // 2], sin[..., : width // 2]
-        return ops.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=width)
+        return rotation(q, k, cos, sin)
 
     return rope
 
 
-def _rotates(function: Callable[..., Any], width: int, interleaved: bool, half: bool) -> bool:
-    """Whether a function is ops.rope on heads of 16, with unrelated numbers in the tables.
-
-    half: only the first half of the tables is used, an angle for each pair.
-    """
+def _rotates(function: Callable[..., Any], form: Rotation, partial: bool) -> bool:
+    """Whether a function rotates heads of 16, or half of each, so, whatever the tables hold."""
+    width = (8 if partial else 16) // (2 if form.narrow else 1)
     q, k = _probe.random((2, 4, 5, 16), 1), _probe.random((2, 2, 5, 16), 2)
     cos, sin = _probe.random((2, 5, width), 3), _probe.random((2, 5, width), 4)
-    used = width // 2 if half else width
     with torch.no_grad():
-        expected = ops.rope(
-            q, k, cos[..., :used], sin[..., :used], interleaved=interleaved, rotary_dim=width
-        )
         try:
             made = function(q, k, cos, sin)
         except Exception:
             return False
-    return _probe.distance(made, expected) <= _probe.BAR
+        return _probe.distance(made, form(q, k, cos, sin)) <= _probe.BAR

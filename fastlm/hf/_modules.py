@@ -9,6 +9,7 @@ hand over to the class's own forward whenever something stands in their way.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ class Candidate:
     text: str  # what runs, for the report
     forward: Callable[..., Any]
     calls: _probe.Calls
+    first_only: bool = False  # of the results, the first counts: the others are not made any more
 
 
 class Note(str):
@@ -65,7 +67,7 @@ def match_linear(module: nn.Module) -> Match:
     weight = getattr(module, "weight", None)
     if is_conv1d(module):
         forward: Callable[..., Any] = conv1d_forward
-    elif type(module) is nn.Linear:
+    elif type(module) is nn.Linear or _adds_nothing(module):
         forward = linear_forward
     else:
         return "a subclass of nn.Linear" if isinstance(module, nn.Linear) else None
@@ -74,6 +76,19 @@ def match_linear(module: nn.Module) -> Match:
     width = weight.shape[0 if is_conv1d(module) else 1]
     x = _probe.random((3, width), 0, weight)
     return Candidate(("linear",), "linear", forward, [((x,), {})])
+
+
+def _adds_nothing(module: nn.Module) -> bool:
+    """Whether a subclass of nn.Linear holds what nn.Linear holds: the trial run tells the rest."""
+    names = nn.Linear(1, 1, device="meta").__dict__.keys() | {"forward", "_is_hf_initialized"}
+    return isinstance(module, nn.Linear) and module.__dict__.keys() <= names and not _extra(module)
+
+
+def _extra(module: nn.Module) -> bool:
+    return bool(module._buffers or module._modules) or not module._parameters.keys() <= {
+        "weight",
+        "bias",
+    }
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -111,8 +126,10 @@ def match_norm(module: nn.Module) -> Match:
         module, nn.modules.batchnorm._NormBase
     ):
         return "keeps statistics" if named else None
+    if len(inspect.signature(type(module).forward).parameters) != 2:
+        return "its forward takes more than the hidden states" if named else None
     eps = [n for n in ("variance_epsilon", "eps", "epsilon") if n in module.__dict__]
-    if len(eps) != 1:
+    if len(eps) > 1:
         return "its epsilon was not found" if named else None
     shape = getattr(module, "normalized_shape", None)
     if shape is not None and len(shape) != 1:
@@ -124,14 +141,16 @@ def match_norm(module: nn.Module) -> Match:
     if weight is not None:
         x = x.to(weight.device)
     calls: _probe.Calls = [((x,), {})]
-    choices = [
-        (rms_norm_forward(eps[0], 0.0), "rms_norm"),
-        (layer_norm_forward(eps[0]), "layer_norm"),
-    ]
-    if weight is not None:
-        choices.insert(1, (rms_norm_forward(eps[0], 1.0), "rms_norm (1 + weight)"))
-    if "bias" in tensors:
-        choices = [(layer_norm_forward(eps[0]), "layer_norm")]
+    sources: list[str | float] = [*eps] or list(_EPSILONS)
+    choices = []
+    for e in sources:
+        if "bias" not in tensors:
+            choices.append((rms_norm_forward(e, 0.0), "rms_norm"))
+            if weight is not None:
+                choices.append((rms_norm_forward(e, 1.0), "rms_norm (1 + weight)"))
+        choices.append((layer_norm_forward(e), "layer_norm"))
+        if weight is not None:
+            choices.append((layer_norm_forward(e, 1.0), "layer_norm (1 + weight)"))
     reason = ""
     for forward, text in choices:
         try:
@@ -148,14 +167,21 @@ def _only_norm(module: nn.Module) -> bool:
     return name.endswith("norm")
 
 
-def rms_norm_forward(eps: str, offset: float) -> Callable[..., Any]:
-    """The forward of a patched RMSNorm; with `residual`, of the sum, which it returns too."""
+# What a norm may have written into its forward instead of keeping it as an attribute.
+_EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
+
+
+def rms_norm_forward(eps: str | float, offset: float) -> Callable[..., Any]:
+    """The forward of a patched RMSNorm; with `residual`, of the sum, which it returns too.
+
+    eps: the attribute that holds the epsilon, or its value.
+    """
 
     def forward(self: nn.Module, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
         weight = self._parameters.get("weight")
         if _mixes(weight, hidden_states):
             return _own_norm(self, hidden_states, residual)
-        epsilon = getattr(self, eps)
+        epsilon = getattr(self, eps) if isinstance(eps, str) else eps
         if epsilon is None:
             epsilon = torch.finfo(hidden_states.dtype).eps
         return ops.rms_norm(hidden_states, weight, epsilon, residual=residual, weight_offset=offset)
@@ -163,7 +189,7 @@ def rms_norm_forward(eps: str, offset: float) -> Callable[..., Any]:
     return forward
 
 
-def layer_norm_forward(eps: str) -> Callable[..., Any]:
+def layer_norm_forward(eps: str | float, offset: float = 0.0) -> Callable[..., Any]:
     """The forward of a patched LayerNorm; with `residual`, of the sum, which it returns too."""
 
     def forward(self: nn.Module, input: Tensor, residual: Tensor | None = None) -> Any:
@@ -171,9 +197,9 @@ def layer_norm_forward(eps: str) -> Callable[..., Any]:
         weight = tensors.get("weight")
         if _mixes(weight, input):
             return _own_norm(self, input, residual)
-        return ops.layer_norm(
-            input, weight, tensors.get("bias"), getattr(self, eps), residual=residual
-        )
+        epsilon = getattr(self, eps) if isinstance(eps, str) else eps
+        offset_weight = weight + offset if offset and weight is not None else weight
+        return ops.layer_norm(input, offset_weight, tensors.get("bias"), epsilon, residual=residual)
 
     return forward
 

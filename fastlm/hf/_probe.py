@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 BAR = 1e-4  # of the root mean square
+TOKENS = 6  # in a trial run over hidden states
 
 Forward = Callable[..., Any]
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]  # arguments of one trial run each
@@ -47,12 +48,17 @@ def parameters(module: nn.Module) -> dict[str, Tensor]:
     return values
 
 
-def compare(module: nn.Module, candidate: Forward, calls: Calls) -> None:
-    """Raises Mismatch unless the candidate agrees with the module's own forward on every call."""
+def compare(module: nn.Module, candidate: Forward, calls: Calls, first_only: bool = False) -> None:
+    """Raises Mismatch unless the candidate agrees with the module's own forward on every call.
+
+    first_only: of a tuple of results the first is compared.
+    """
     values = parameters(module)
     for arguments, keywords in calls:
         expected = run(module, type(module).forward, values, arguments, keywords)
         made = run(module, candidate, values, arguments, keywords)
+        if first_only and isinstance(made, tuple) and isinstance(expected, tuple):
+            made, expected = made[0], expected[0]
         worst = distance(made, expected)
         if not worst <= BAR:  # also NaN
             raise Mismatch(f"the trial run differs by {worst:.1e} of the result")
@@ -138,17 +144,20 @@ def unwatched(module: nn.Module) -> Iterator[None]:
             m.__dict__[name] = hooks
 
 
-def arguments_for(forward: Forward, width: int, rotary: int | None, like: Tensor) -> Calls:
+def arguments_for(
+    forward: Forward, width: int, tables: Any, like: Tensor, additive: bool = False
+) -> Calls:
     """Calls for a forward over hidden states [2, 6, width]: without a mask, and with one.
 
-    Raises Mismatch when the forward asks for an argument whose meaning is not known here.
+    tables: what the model's rotary embedding makes for six positions, or None.
+    The mask is bool, or additive as transformers makes it for eager attention. Raises Mismatch
+    when the forward asks for an argument whose meaning is not known here.
     """
-    batch, tokens = 2, 6
+    batch = 2
     signature = list(inspect.signature(forward).parameters.values())[1:]
-    known: dict[str, Any] = {"position_ids": torch.arange(tokens, device=like.device)[None]}
-    if rotary is not None:
-        angles = random((1, tokens, rotary // 2), 7, like).repeat(1, 1, 2)
-        known["position_embeddings"] = (angles.cos(), angles.sin())
+    known: dict[str, Any] = {"position_ids": torch.arange(TOKENS, device=like.device)[None]}
+    if tables is not None:
+        known["position_embeddings"] = tables
     keywords = {}
     for p in signature[1:]:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name == "attention_mask":
@@ -157,12 +166,31 @@ def arguments_for(forward: Forward, width: int, rotary: int | None, like: Tensor
             keywords[p.name] = known[p.name]
         elif p.default is p.empty or p.name == "position_embeddings":
             raise Mismatch(f"no trial run: its forward asks for {p.name!r}")
-    hidden = random((batch, tokens, width), 11, like)
+    hidden = random((batch, TOKENS, width), 11, like)
     calls: Calls = [((hidden,), {**keywords, "attention_mask": None})]
     if all(p.name != "attention_mask" for p in signature):
         return [((hidden,), keywords)]
-    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=like.device).tril()
+    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool, device=like.device).tril()
     mask = mask.repeat(batch, 1, 1, 1)
     mask[0, :, 2:, 0] = False  # one padded key
+    if additive:
+        lowest = torch.finfo(torch.float32).min
+        mask = torch.zeros(mask.shape, device=like.device).masked_fill(~mask, lowest)
     calls.append(((hidden,), {**keywords, "attention_mask": mask}))
     return calls
+
+
+def rotation_tables(rotary: nn.Module | None, width: int | None, like: Tensor) -> Any:
+    """What the model's rotary embedding makes for TOKENS positions.
+
+    Where it cannot be called so: tables (cos, sin) of random angles, of the width given.
+    """
+    if rotary is not None:
+        positions = torch.arange(3, 3 + TOKENS, device=like.device)[None]
+        with contextlib.suppress(Exception), torch.no_grad():
+            return rotary(random((1, TOKENS, 4), 8, like), positions)
+        width = 2 * len(rotary.inv_freq)  # type: ignore[arg-type]
+    if width is None:
+        return None
+    angles = random((1, TOKENS, width // 2), 7, like).repeat(1, 1, 2)
+    return angles.cos(), angles.sin()

@@ -8,6 +8,7 @@ with `in_place_of_sdpa`.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -125,8 +126,40 @@ def in_place_of_sdpa(
 
 
 def select(function: Callable[..., Any]) -> Callable[..., Any]:
-    """fastlm's attention for SDPA; any other (eager returns weights, flex has own masks) stays."""
-    return in_place_of_sdpa if function is sdpa_attention_forward else function
+    """fastlm's attention for SDPA and for a model's own; any other (flex has own masks) stays."""
+    if function is sdpa_attention_forward:
+        return in_place_of_sdpa
+    if getattr(function, "__name__", "") == "eager_attention_forward":
+        return functools.partial(in_place_of_eager, function)
+    return function
+
+
+def in_place_of_eager(
+    eager: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` for a model's own function, which the trial run of the layer has compared.
+
+    The model's own still runs where the weights are asked for (`output_attentions`), where they
+    are dropped out, and for arguments unknown here. Without a mask every key is seen.
+    """
+    wanted = kwargs.get("output_attentions") or getattr(
+        getattr(module, "config", None), "output_attentions", False
+    )
+    if wanted or args or (dropout and module.training) or _unknown(kwargs):
+        options = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return eager(module, query, key, value, attention_mask, *args, **options)
+    if kwargs.get("s_aux") is None and isinstance(getattr(module, "sinks", None), Tensor):
+        kwargs["s_aux"] = module.sinks  # read from the module, not passed on
+    return _attend(module, query, key, value, attention_mask, scaling, False, kwargs), None
 
 
 def _unknown(kwargs: dict[str, Any]) -> list[str]:

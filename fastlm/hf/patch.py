@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastlm import ops as kernels
 from fastlm.hf import _probe
 from fastlm.hf._blocks import Blocks
+from fastlm.hf._experts import match_experts
 from fastlm.hf._feed_forward import match_feed_forward
 from fastlm.hf._modules import (
     Candidate,
@@ -197,7 +198,7 @@ class _Patcher:
         lacking = {stem: why for stem in sorted(made.stems) if (why := _no_kernel(stem, device))}
         self.lacking = lacking
         self.wanted = made.stems - lacking.keys()
-        self.blocks = Blocks(self.wanted, _rotary_width(made.model))
+        self.blocks = Blocks(self.wanted, _rotary(made.model))
         self.verdicts: dict[Any, tuple[list[str], Match]] = {}
 
     def run(self) -> None:
@@ -240,7 +241,7 @@ class _Patcher:
             kept, match = self._match(module)
             if isinstance(match, Candidate):
                 try:
-                    _probe.compare(module, match.forward, match.calls)
+                    _probe.compare(module, match.forward, match.calls, match.first_only)
                 except _probe.Mismatch as e:
                     match = str(e)
                 except Exception as e:
@@ -257,6 +258,7 @@ class _Patcher:
             ("rms_norm layer_norm", lambda: match_norm(module)),
             ("activation", lambda: match_activation(module, device)),
             ("feed_forward", lambda: match_feed_forward(module, device)),
+            ("linear", lambda: match_experts(module, device)),
         ]
         for stems, matcher in matchers:
             if not self.wanted & set(stems.split()):
@@ -368,12 +370,12 @@ def _no_kernel(stem: str, device: str) -> str:
     return f"no kernel here ({'; '.join(reasons) or 'none was written yet'})"
 
 
-def _rotary_width(model: nn.Module) -> int | None:
-    """Width of the tables the model's rotary embedding makes, from its frequencies."""
+def _rotary(model: nn.Module) -> nn.Module | None:
+    """The module that makes the model's rotation tables."""
     for module in model.modules():
         frequencies = getattr(module, "inv_freq", None)
         if isinstance(frequencies, Tensor) and frequencies.dim() == 1:
-            return 2 * len(frequencies)
+            return module
     return None
 
 

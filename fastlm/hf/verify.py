@@ -62,10 +62,13 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
     """Runs a model patched, unpatched and in float64, and compares.
 
     The rule is that of the kernels: an error against float64 is at most twice the error of the
-    model in its own dtype, or one rounding of the typical value. Errors are root mean squares, over
-    the tokens that count; they are taken of one module of each replaced kind, of the logits, the
-    loss and every gradient (that of a parameter over all layers that have it). The loss, a single
-    number that can be right by chance, is not judged more finely than the logits it comes from.
+    model in its own dtype, or one rounding of the typical value (four in fp32). Errors are root
+    mean squares, over the tokens that count; they are taken of one module of each replaced kind,
+    of the logits, the loss and every gradient (that of a parameter over all layers that have it).
+    The loss, a single number that can be right by chance, is not judged more finely than the
+    logits it comes from. All elements of a gradient can share one error, of a dominant token say,
+    and then there is luck in theirs and ours: on inputs of its own making, verify judges an error
+    that is over its budget again together with those of three more inputs.
 
     Args:
         model: patched, or not: then it is patched for the time of the call.
@@ -83,53 +86,108 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"verify: model must be a torch.nn.Module, got {type(model).__name__}")
-    arguments = _arguments(model, inputs)
+    first = _arguments(model, inputs)
     patched = any(is_ours(m.__dict__.get("forward")) for m in model.modules())
+    pooled: dict[str, _Squares] = {}
     with (
         contextlib.nullcontext() if patched else patch(model),
         _ready(model, gradients) as names,
     ):
         replaced = _one_of_each(model)
         with suspended(model):
+            exact_model = _exact_copy(model)
             with _recorded(model, replaced) as calls:
+                theirs = _run(model, first, names)
+        _pool(pooled, model, exact_model, theirs, first, names)
+        modules = [*_modules(model, exact_model, calls)]
+        errors = [*modules, *_judged(pooled, _dtype(model))]
+        for seed in range(1, 4):
+            if inputs is not None or all(e.ok for e in errors):
+                break
+            arguments = _arguments(model, None, seed)
+            with suspended(model):
                 theirs = _run(model, arguments, names)
-            exact_model = copy.deepcopy(model).double()
-        with float64():
-            exact = _run(exact_model, doubled(arguments), names)
-        ours = _run(model, arguments, names)
-        errors = [*_modules(model, exact_model, calls)]
-    dtype = _dtype(model)
+            _pool(pooled, model, exact_model, theirs, arguments, names)
+            errors = [*modules, *_judged(pooled, _dtype(model))]
+    return Report(errors)
+
+
+def _exact_copy(model: nn.Module) -> nn.Module:
+    """The model in float64. Its experts, if any, run one by one: grouped_mm knows no float64."""
+    made = copy.deepcopy(model).double()
+    for module in made.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", "eager") != "eager":
+            config._experts_implementation = "eager"
+    return made
+
+
+@dataclass
+class _Squares:
+    """Sums of squares over all tensors of one name: errors of ours and PyTorch's, and the size."""
+
+    ours: float = 0.0
+    theirs: float = 0.0
+    size: float = 0.0
+    count: int = 0
+
+    def add(self, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+        self.ours += float((ours.double() - exact).square().sum())
+        self.theirs += float((theirs.double() - exact).square().sum())
+        self.size += float(exact.double().square().sum())
+        self.count += exact.numel()
+
+    def error(self, name: str, dtype: torch.dtype) -> Error:
+        """Root mean squares and the budget."""
+        n = max(self.count, 1)
+        ours, theirs, typical = ((x / n) ** 0.5 for x in (self.ours, self.theirs, self.size))
+        # Factors that all elements share, a mean's 1/n for one, are single fp32 numbers whatever
+        # the dtype: four roundings of such, where PyTorch happened to make none.
+        floor = max(torch.finfo(dtype).eps, 4 * torch.finfo(torch.float32).eps)
+        return Error(name, ours, theirs, max(2 * theirs, floor * typical))
+
+
+def _pool(
+    pooled: dict[str, _Squares],
+    model: nn.Module,
+    exact_model: nn.Module,
+    theirs: dict[str, Tensor],
+    arguments: dict[str, Any],
+    names: list[str],
+) -> None:
+    """Adds what one input brings; equal parameters of all layers go under one name."""
+    with float64():
+        exact = _run(exact_model, doubled(arguments), names)
+    ours = _run(model, arguments, names)
     keep = arguments.get("attention_mask")
-    noise = 0.0
-    for name, values in _grouped(ours, theirs, exact).items():
+    for name, tensor in ours.items():
+        three = (tensor, theirs[name], exact[name])
         if name == "logits" and keep is not None and keep.dim() == 2:
-            values = [[x[keep.bool()] for x in three] for three in values]
-        made = _error(name, values, dtype)
+            a, b, c = (x[keep.bool()] for x in three)
+            three = (a, b, c)
+        together = pattern(name) if name.startswith("gradient of ") else name
+        pooled.setdefault(together, _Squares()).add(*three)
+
+
+def _judged(pooled: dict[str, _Squares], dtype: torch.dtype) -> Iterator[Error]:
+    noise = 0.0
+    for name, squares in pooled.items():
+        made = squares.error(name, dtype)
         if name == "logits":
             noise = made.torch
         elif name == "loss":
             made = replace(made, allowed=max(made.allowed, noise))
-        errors.append(made)
-    return Report(errors)
+        yield made
 
 
-def _grouped(*runs: dict[str, Tensor]) -> dict[str, list[list[Tensor]]]:
-    """The tensors of several runs side by side; equal parameters of all layers under one name."""
-    groups: dict[str, list[list[Tensor]]] = {}
-    for name in runs[0]:
-        together = pattern(name) if name.startswith("gradient of ") else name
-        groups.setdefault(together, []).append([run[name] for run in runs])
-    return groups
-
-
-def _arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
+def _arguments(model: nn.Module, inputs: Any, seed: int = 0) -> dict[str, Any]:
     if inputs is None:
         config = getattr(model, "config", None)
         vocabulary = getattr(config, "vocab_size", None)
         if not isinstance(vocabulary, int):
             raise TypeError("verify: inputs must be given for a model without config.vocab_size")
         tokens = min(48, getattr(config, "max_position_embeddings", None) or 48)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(vocabulary, (2, tokens), generator=generator)
         mask = torch.ones_like(ids)
         mask[1, : tokens // 8] = 0
@@ -147,7 +205,8 @@ def _arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
         if given is not None and given.shape == labels.shape:
             labels[given == 0] = -100
         made["labels"] = labels
-    if "use_cache" in accepted:
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if "use_cache" in accepted or (open_ended and hasattr(model, "config")):
         made.setdefault("use_cache", False)
     return made
 
@@ -244,20 +303,10 @@ def _modules(model: nn.Module, exact_model: nn.Module, calls: dict[str, Any]) ->
                 wide = doubled((args, kwargs))
                 exact = exact_model.get_submodule(path)(*wide[0], **wide[1])
             three = [x[0] if isinstance(x, tuple) else x for x in (ours, theirs, exact)]
-            yield _error(f"{path} ({type(module).__name__})", [three], dtype)
+            squares = _Squares()
+            squares.add(*three)
+            yield squares.error(f"{path} ({type(module).__name__})", dtype)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
-def _error(name: str, values: list[list[Tensor]], dtype: torch.dtype) -> Error:
-    """Root mean squares of the errors of ours and PyTorch's, and the budget."""
-    ours = theirs = size = count = 0.0
-    for made, its, exact in values:
-        ours += float((made.double() - exact).square().sum())
-        theirs += float((its.double() - exact).square().sum())
-        size += float(exact.double().square().sum())
-        count += exact.numel()
-    mine, its_error, typical = ((x / max(count, 1)) ** 0.5 for x in (ours, theirs, size))
-    return Error(name, mine, its_error, max(2 * its_error, torch.finfo(dtype).eps * typical))

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny_models import FAMILIES, tiny, token_numbers
 from torch import nn
 
@@ -244,13 +245,53 @@ def test_hidden_states_are_recorded():
     torch.testing.assert_close(made, expected, **CLOSE)
 
 
-def test_eager_attention_keeps_its_weights():
+def test_eager_attention_keeps_its_weights_for_those_who_ask():
     model = tiny(attn_implementation="eager")
-    with fastlm.patch(model) as p:
-        assert "attention: asks for 'eager'" in p.report()
-        assert len(model(IDS, output_attentions=True).attentions) == 2
-    with pytest.raises(RuntimeError, match=r"strict, but left alone:\n.*asks for 'eager'"):
-        fastlm.patch(model, strict=True)
+    expected, plain = model(IDS, output_attentions=True), logits(model)
+    with fastlm.patch(model, strict=True) as p:
+        assert "attention" in p.report()
+        made = model(IDS, output_attentions=True)
+        torch.testing.assert_close(made.attentions, expected.attentions, **CLOSE)
+        torch.testing.assert_close(logits(model), plain, **CLOSE)
+        model.train()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        assert not torch.equal(logits(model), logits(model)), "dropout is the model's own"
+
+
+def test_softcap_sinks_and_windows_of_eager_models_run_in_the_kernel():
+    for config, options in (
+        (transformers.Gemma2Config, {"attn_logit_softcapping": 2.0, "sliding_window": 4}),
+        (transformers.GptOssConfig, {"sliding_window": 4, "num_local_experts": 4}),
+    ):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+        tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        made = config(**sizes, **heads, **tokens, **options, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_config(made).eval()
+        expected = logits(model)
+        with fastlm.patch(model), _registry.recording() as verdicts:
+            torch.testing.assert_close(logits(model), expected, **CLOSE)
+        options = {o for v in verdicts if v.stem == "attention" for o in v.facts["options"]}
+        assert options & {"softcap", "sinks"}
+
+
+def test_a_norm_with_a_gate_is_left_alone():
+    """Its second argument is no residual."""
+
+    class GatedNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8))
+            self.eps = 1e-6
+
+        def forward(self, x, gate=None):
+            x = x if gate is None else x * torch.nn.functional.silu(gate)
+            return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    patch = fastlm.patch(torch.nn.Sequential(GatedNorm()))
+    assert "takes more than the hidden states" in patch.report()
 
 
 def test_fullgraph_compile_forward_and_backward():

@@ -1,0 +1,39 @@
+"""Every architecture of tools/architectures.py: patched, verified, undone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import fastlm
+from tools.architectures import ROWS, small
+
+# What a patch of the architecture brings in at least; where nothing is said: everything.
+FULL = {"attention", "linear", "cross_entropy"}
+WITHOUT_ATTENTION = {"bloom", "ctrl", "falcon", "gpt_neo", "mpt", "openai-gpt", "xglm"}
+WITHOUT_ATTENTION |= {"codegen", "gptj", "jetmoe"}
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_architecture(name):
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {name}")
+    model = small(name)
+    ids = torch.randint(3, 120, (2, 20))
+    before, keys = logits(model, ids), list(model.state_dict())
+    with fastlm.patch(model) as patch:
+        done = {s for e in patch.entries if e.state == "replaced" for s in e.stems}
+        assert done >= FULL - ({"attention"} if name in WITHOUT_ATTENTION else set())
+        assert done & {"rms_norm", "layer_norm"}
+        assert list(model.state_dict()) == keys
+        made = logits(model, ids)
+        assert not torch.equal(made, before), "nothing of ours ran"
+        report = fastlm.verify(model)
+    assert report.ok, report
+    assert torch.equal(logits(model, ids), before)
