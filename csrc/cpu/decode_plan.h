@@ -13,15 +13,41 @@
 #include "cpu/norm.h"
 #include "cpu/activation_math.h"
 
+// The sums of `count` rows of an integer weight from row `first`, a panel's beginning.
+inline void quantized_product(const PlanStep& s, const PlanProduct& p, const void* x, int64_t first,
+                              int64_t count, Sums* sums) {
+  const int64_t bytes = p.in / (p.form == QuantizedForm::kInt8 ? 1 : 2);  // of a row
+  const int64_t steps = first * (p.in / p.group);
+  QuantizedLinearForward a{};
+  a.q = x;
+  a.values = static_cast<const char*>(p.w) + first * bytes;
+  a.scale = static_cast<const fp16*>(p.scale) + steps;
+  if (p.minimum != nullptr) a.minimum = static_cast<const fp16*>(p.minimum) + steps;
+  a.y = sums->at;
+  a.y_stride = kPanel;
+  a.rows = s.batch;
+  a.in = p.in;
+  a.out = count;
+  a.group = p.group;
+  a.digits = p.digits;
+  a.form = p.form;
+  a.dtype = DType::kFloat32;
+  s.quantized->forward(a, 0, (count + kQuantizedPanel - 1) / kQuantizedPanel);
+}
+
 // Calls f(first, count) with the sums of weight rows [first, first + count) for all of [begin,
 // end).
 template <class T, class F>
-inline void for_panels(const PlanStep& s, const PlanProduct& p, const T* x, int64_t begin,
+inline void for_panels(const PlanStep& s, const PlanProduct& p, const void* x, int64_t begin,
                        int64_t end, Sums* sums, F&& f) {
   for (int64_t n = begin; n < end; n += kPanel) {
     const int64_t count = min_of<int64_t>(kPanel, end - n);
-    panel_product(x, s.batch, static_cast<const T*>(p.w) + n * p.in, p.in, count, p.in, sums,
-                  s.near);
+    if (p.scale != nullptr) {
+      quantized_product(s, p, x, n, count, sums);
+    } else {
+      panel_product(static_cast<const T*>(x), s.batch, static_cast<const T*>(p.w) + n * p.in, p.in,
+                    count, p.in, sums, s.near);
+    }
     f(n, count);
   }
 }
@@ -74,7 +100,7 @@ inline void put_head(const PlanStep& s, const float* x, int64_t position, bool r
 }
 
 template <class T>
-void project_heads(const PlanStep& s, const PlanLayer& layer, const T* rows, int64_t begin,
+void project_heads(const PlanStep& s, const PlanLayer& layer, const void* rows, int64_t begin,
                    int64_t end) {
   Sums sums;
   alignas(64) float heads[kPlanMaxBatch * kPlanMaxHead];
@@ -82,7 +108,7 @@ void project_heads(const PlanStep& s, const PlanLayer& layer, const T* rows, int
   const int64_t size = s.head_dim;
   for (int64_t h = begin; h < end; ++h) {
     const int64_t top = h * size;
-    for_panels(s, layer.qkv, rows, top, top + size, &sums, [&](int64_t first, int64_t count) {
+    for_panels<T>(s, layer.qkv, rows, top, top + size, &sums, [&](int64_t first, int64_t count) {
       for (int64_t b = 0; b < s.batch; ++b) {
         float* to = heads + b * kPlanMaxHead + first - top;
         each_vector(count, [&](int64_t i, auto... n) {
@@ -106,11 +132,12 @@ void project_heads(const PlanStep& s, const PlanLayer& layer, const T* rows, int
 }
 
 template <class T>
-void add_units(const PlanStep& s, const PlanProduct& p, const T* rows, int64_t begin, int64_t end) {
+void add_units(const PlanStep& s, const PlanProduct& p, const void* rows, int64_t begin,
+               int64_t end) {
   Sums sums;
   const T* bias = static_cast<const T*>(p.bias);
   const int64_t last = min_of<int64_t>(end * kPlanUnit, p.out);
-  for_panels(s, p, rows, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
+  for_panels<T>(s, p, rows, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
     for (int64_t b = 0; b < s.batch; ++b) {
       float* x = s.x + b * s.hidden + first;
       each_vector(count, [&](int64_t i, auto... n) {
@@ -122,7 +149,7 @@ void add_units(const PlanStep& s, const PlanProduct& p, const T* rows, int64_t b
 }
 
 template <Activation kAct, class T>
-void hidden_units(const PlanStep& s, const PlanLayer& layer, const T* rows, T* to, int64_t begin,
+void hidden_units(const PlanStep& s, const PlanLayer& layer, const void* rows, T* to, int64_t begin,
                   int64_t end) {
   Sums up, gate;
   const PlanProduct &u = layer.up, &g = layer.gate;
@@ -139,15 +166,15 @@ void hidden_units(const PlanStep& s, const PlanLayer& layer, const T* rows, T* t
       });
     }
   };
-  for_panels(s, u, rows, begin * kPlanUnit, last, &up, [&](int64_t first, int64_t count) {
+  for_panels<T>(s, u, rows, begin * kPlanUnit, last, &up, [&](int64_t first, int64_t count) {
     if (g.w == nullptr) return finish(first, count);
-    for_panels(s, g, rows, first, first + count, &gate, finish);
+    for_panels<T>(s, g, rows, first, first + count, &gate, finish);
   });
 }
 
 template <class T>
-void logits_units(const PlanStep& s, const PlanProduct& p, const T* rows, float* to, int64_t limit,
-                  float* largest, int64_t* at, int64_t begin, int64_t end) {
+void logits_units(const PlanStep& s, const PlanProduct& p, const void* rows, float* to,
+                  int64_t limit, float* largest, int64_t* at, int64_t begin, int64_t end) {
   Sums sums;
   for (int64_t b = 0; b < s.batch; ++b) {
     largest[b] = -INFINITY;
@@ -155,20 +182,27 @@ void logits_units(const PlanStep& s, const PlanProduct& p, const T* rows, float*
   }
   const T* bias = static_cast<const T*>(p.bias);
   const int64_t last = min_of<int64_t>(end * kPlanUnit, p.out);
-  for_panels(s, p, rows, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
+  for_panels<T>(s, p, rows, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
     for (int64_t b = 0; b < s.batch; ++b) {
       float* y = to + b * p.out + first;
       each_vector(count, [&](int64_t i, auto... n) {
         store(y + i, biased(sums.at + b * kPanel, bias ? bias + first : nullptr, i, n...), n...);
       });
       const int64_t seen = min_of(count, limit - first);
-      VecF top = set1(largest[b]);
+      VecF top = set1(largest[b]), wrong = zero();  // wrong: NaN where a logit is not finite
       int64_t i = 0;
-      for (; i + kLanes <= seen; i += kLanes) top = vmax(top, load(y + i));
+      for (; i + kLanes <= seen; i += kLanes) {
+        const VecF v = load(y + i);
+        top = vmax(top, v);
+        wrong = fma(v, zero(), wrong);
+      }
       if (i < seen) {
-        top = vmax(top, select(below(i, seen), load(y + i, static_cast<int>(seen - i)), top));
+        const VecF v = load(y + i, static_cast<int>(seen - i));
+        top = vmax(top, select(below(i, seen), v, top));
+        wrong = fma(v, zero(), wrong);
       }
       const float most = reduce_max(top);
+      if (!(reduce_add(wrong) == 0.0f)) largest[b] = NAN;
       if (!(most > largest[b])) continue;
       largest[b] = most;
       at[b] = first;
@@ -190,20 +224,20 @@ void norm(const PlanStep& s, const PlanNorm& n, void* to) {
 }
 void project(const PlanStep& s, const PlanLayer& layer, const void* rows, int64_t begin,
              int64_t end) {
-  s.dtype == DType::kFloat32 ? project_heads(s, layer, static_cast<const float*>(rows), begin, end)
-                             : project_heads(s, layer, static_cast<const bf16*>(rows), begin, end);
+  if (s.dtype == DType::kFloat32) return project_heads<float>(s, layer, rows, begin, end);
+  project_heads<bf16>(s, layer, rows, begin, end);
 }
 void add(const PlanStep& s, const PlanProduct& p, const void* rows, int64_t begin, int64_t end) {
-  s.dtype == DType::kFloat32 ? add_units(s, p, static_cast<const float*>(rows), begin, end)
-                             : add_units(s, p, static_cast<const bf16*>(rows), begin, end);
+  if (s.dtype == DType::kFloat32) return add_units<float>(s, p, rows, begin, end);
+  add_units<bf16>(s, p, rows, begin, end);
 }
 template <Activation kAct>
 void hidden_of(const PlanStep& s, const PlanLayer& layer, const void* rows, void* to, int64_t begin,
                int64_t end) {
-  s.dtype == DType::kFloat32 ? hidden_units<kAct>(s, layer, static_cast<const float*>(rows),
-                                                  static_cast<float*>(to), begin, end)
-                             : hidden_units<kAct>(s, layer, static_cast<const bf16*>(rows),
-                                                  static_cast<bf16*>(to), begin, end);
+  if (s.dtype == DType::kFloat32) {
+    return hidden_units<kAct>(s, layer, rows, static_cast<float*>(to), begin, end);
+  }
+  hidden_units<kAct>(s, layer, rows, static_cast<bf16*>(to), begin, end);
 }
 void hidden(const PlanStep& s, const PlanLayer& layer, const void* rows, void* to, int64_t begin,
             int64_t end) {
@@ -222,9 +256,10 @@ void hidden(const PlanStep& s, const PlanLayer& layer, const void* rows, void* t
 }
 void logits(const PlanStep& s, const PlanProduct& p, const void* rows, float* to, int64_t limit,
             float* largest, int64_t* at, int64_t begin, int64_t end) {
-  s.dtype == DType::kFloat32
-      ? logits_units(s, p, static_cast<const float*>(rows), to, limit, largest, at, begin, end)
-      : logits_units(s, p, static_cast<const bf16*>(rows), to, limit, largest, at, begin, end);
+  if (s.dtype == DType::kFloat32) {
+    return logits_units<float>(s, p, rows, to, limit, largest, at, begin, end);
+  }
+  logits_units<bf16>(s, p, rows, to, limit, largest, at, begin, end);
 }
 
 FASTLM_EXPORT(DecodePlanKernels, decode_plan) = {embed, norm, project, add, hidden, logits};

@@ -4,6 +4,7 @@
 #include "common/dtype.h"
 #include "ops/activation_kind.h"
 #include "ops/norm.h"
+#include "ops/quantized_linear.h"
 
 namespace fastlm {
 
@@ -11,11 +12,16 @@ constexpr int64_t kPlanMaxBatch = 16;
 constexpr int64_t kPlanMaxHead = 256;
 constexpr int64_t kPlanUnit = 16;  // outputs of one item of `add`, `hidden` and `logits`
 
-// y = x w^T + bias
+// y = x w^T + bias, the weight in the plan's type or, where it has a scale, in integers
 struct PlanProduct {
-  const void* w = nullptr;     // [out, in] of the plan's type
-  const void* bias = nullptr;  // [out] of the plan's type, or null
+  const void* w = nullptr;        // [out, in] of the plan's type, or packed: ops/quantized_linear.h
+  const void* bias = nullptr;     // [out] of the plan's type, or null
+  const void* scale = nullptr;    // of packed integers
+  const void* minimum = nullptr;  // of packed integers, or null
   int64_t out = 0, in = 0;
+  int64_t group = 0;  // values of a row that share a scale
+  QuantizedForm form = QuantizedForm::kInt8;
+  int digits = 0;  // of the rows that integers are multiplied with
 };
 
 struct PlanNorm {
@@ -48,8 +54,11 @@ struct PlanStep {
   const int64_t* positions = nullptr;  // [batch], where the tokens stand
   float* x = nullptr;                  // [batch, hidden] the residual stream
   void* q = nullptr;                   // [batch, heads, head_dim]
+  const QuantizedLinearKernels* quantized = nullptr;
 };
 
+// `rows` are what the product takes: of the plan's type, or quantized for a weight of integers.
+// Products of integers are cut at whole panels, so their heads must be multiples of 16.
 struct DecodePlanKernels {
   // x = the tokens' embeddings, plus those of their positions
   void (*embed)(const PlanStep&);
@@ -65,7 +74,8 @@ struct DecodePlanKernels {
   void (*hidden)(const PlanStep&, const PlanLayer&, const void* rows, void* to, int64_t begin,
                  int64_t end);
   // to = rows w^T + bias in fp32, and for each row of the batch the largest of these outputs among
-  // the first `limit` and the first place where it stands; -inf where there is none
+  // the first `limit` and the first place where it stands; -inf where there is none, NaN where one
+  // of them is not finite
   void (*logits)(const PlanStep&, const PlanProduct&, const void* rows, float* to, int64_t limit,
                  float* largest, int64_t* at, int64_t begin, int64_t end);
 };

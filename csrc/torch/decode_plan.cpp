@@ -21,6 +21,7 @@
 
 FASTLM_KERNEL_TABLE(DecodePlanKernels, decode_plan)
 FASTLM_KERNEL_TABLE(DecodeAttentionKernels, decode_attention)
+FASTLM_KERNEL_TABLE(QuantizedLinearKernels, quantized_linear)
 
 namespace fastlm {
 namespace {
@@ -67,6 +68,10 @@ void share(Progress& progress, int64_t items, int64_t threads, const F& f) {
 
 int64_t units(int64_t outputs) { return (outputs + kPlanUnit - 1) / kPlanUnit; }
 
+void require(bool fits) {
+  if (!fits) throw std::invalid_argument("decode plan: the sizes do not fit it");
+}
+
 void check_range(const char* what, int64_t value, int64_t end) {
   if (value >= 0 && value < end) return;
   throw std::out_of_range(std::string("decode plan: ") + what + " must be in [0, " +
@@ -83,22 +88,38 @@ Buffer::Buffer(int64_t bytes) {
 void Buffer::Free::operator()(char* p) const { std::free(p); }
 
 DecodePlan::DecodePlan(PlanModel model) : model_(std::move(model)) {
-  const PlanStep& s = model_.step;
-  if (s.batch < 1 || s.batch > kPlanMaxBatch || s.head_dim < 1 || s.head_dim > kPlanMaxHead ||
-      s.kv_heads < 1 || s.heads % s.kv_heads != 0 || model_.layers.empty()) {
-    throw std::invalid_argument("decode plan: the sizes do not fit it");
-  }
+  PlanStep& s = model_.step;
+  require(s.batch >= 1 && s.batch <= kPlanMaxBatch && s.head_dim >= 1 &&
+          s.head_dim <= kPlanMaxHead && s.kv_heads >= 1 && s.heads % s.kv_heads == 0 &&
+          !model_.layers.empty());
   const int64_t size = s.dtype == DType::kFloat32 ? 4 : 2;
   const int64_t stages = kStages * static_cast<int64_t>(model_.layers.size()) + 1;
-  int64_t weights = model_.head.out * model_.head.in, widest = 0;
+  int64_t weights = 0, widest = 0;
+  const auto count = [&](const PlanProduct& p) {
+    if (p.scale == nullptr) {
+      weights += p.out * p.in * size;
+      return;
+    }
+    require(p.group >= kQuantizedBlock && p.in % p.group == 0 && p.group % kQuantizedBlock == 0 &&
+            (p.digits == 1 || p.digits == 3 || p.digits == 4));
+    const int64_t steps = p.in / p.group * (p.minimum == nullptr ? 2 : 4);
+    weights += p.out * (p.in / (p.form == QuantizedForm::kInt8 ? 1 : 2) + steps);
+    quantized_bytes_ = std::max(quantized_bytes_, s.batch * quantized_row_bytes(p.in, p.digits));
+  };
+  count(model_.head);
   for (const PlanLayer& layer : model_.layers) {
     for (const PlanProduct* p : {&layer.qkv, &layer.out, &layer.gate, &layer.up, &layer.down}) {
-      weights += p->out * p->in;
+      count(*p);
     }
-    widest = std::max(widest, layer.up.out);
+    const PlanProduct &gate = layer.gate, &up = layer.up;
+    require(layer.qkv.scale == nullptr || s.head_dim % kQuantizedPanel == 0);
+    require(gate.w == nullptr || ((gate.scale == nullptr) == (up.scale == nullptr) &&
+                                  gate.form == up.form && gate.digits == up.digits));
+    widest = std::max(widest, up.out);
   }
-  model_.step.near = weights * size <= kNear;
-  useful_threads_ = std::max<int64_t>(1, weights * size / stages / kShare);
+  s.quantized = &quantized_linear_kernels();
+  s.near = weights <= kNear;
+  useful_threads_ = std::max<int64_t>(1, weights / stages / kShare);
   row_bytes_ = s.batch * s.hidden * size;
   x_ = Buffer(s.batch * s.hidden * 4);
   q_ = Buffer(s.batch * s.heads * s.head_dim * size);
@@ -183,7 +204,10 @@ void DecodePlan::step(const int64_t* tokens, const int64_t* positions, float* lo
 
   const auto available = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t threads = std::min(available, useful_threads_);
-  while (static_cast<int64_t>(rows_.size()) < threads) rows_.emplace_back(row_bytes_);
+  while (static_cast<int64_t>(rows_.size()) < threads) {
+    rows_.emplace_back(row_bytes_);
+    quantized_.emplace_back(quantized_bytes_);
+  }
   const auto pieces = static_cast<size_t>(threads * kPiecesPerThread);
   largest_.assign(pieces * static_cast<size_t>(s.batch), -INFINITY);
   at_.assign(pieces * static_cast<size_t>(s.batch), 0);
@@ -200,6 +224,7 @@ void DecodePlan::step(const int64_t* tokens, const int64_t* positions, float* lo
     best[b] = 0;
     for (size_t p = 0; p < pieces; ++p) {  // in the order of the vocabulary: the first one wins
       const size_t i = p * static_cast<size_t>(s.batch) + static_cast<size_t>(b);
+      if (std::isnan(largest_[i])) throw std::runtime_error("decode plan: a logit is not finite");
       if (largest_[i] > most) {
         most = largest_[i];
         best[b] = at_[i];
@@ -208,55 +233,71 @@ void DecodePlan::step(const int64_t* tokens, const int64_t* positions, float* lo
   }
 }
 
+// What a product takes for these rows of the plan's type.
+const void* DecodePlan::operand(const PlanProduct& p, const void* rows, int64_t participant) const {
+  if (p.scale == nullptr) return rows;
+  void* to = quantized_[static_cast<size_t>(participant)].as<void>();
+  const PlanStep& s = model_.step;
+  s.quantized->quantize({rows, to, p.in, p.in, p.digits, p.form, s.dtype}, 0, s.batch);
+  return to;
+}
+
 // What one participant does: all stages in turn, of each as many pieces as it gets.
 void DecodePlan::run(int64_t participant, int64_t threads, const Head& head) {
   const PlanStep& s = model_.step;
   const DecodePlanKernels& kernels = decode_plan_kernels();
   const DecodeAttentionKernels& attention = decode_attention_kernels();
-  void* rows = rows_[static_cast<size_t>(participant)].as<void>();
+  void* normed = rows_[static_cast<size_t>(participant)].as<void>();
   Progress* stage = progress_.data();
 
-  // A stage whose input is the norm of x. Every participant that gets a piece makes it for itself:
-  // a barrier would cost more. x stands still meanwhile, since the stage has a piece not done.
-  const auto normed = [&](const PlanNorm& norm, int64_t items, const auto& work) {
-    bool ready = false;
+  // A stage that is a product. Its operand is made by every participant that gets a piece, for
+  // itself: a barrier would cost more. What it is made of stands still meanwhile, since the stage
+  // has a piece that is not done.
+  const auto product = [&](const PlanProduct& p, const PlanNorm* norm, const void* from,
+                           int64_t items, const auto& work) {
+    const void* rows = nullptr;
     share(*stage++, items, threads, [&](int64_t begin, int64_t end, int64_t piece) {
-      if (!ready) kernels.norm(s, norm, rows);
-      ready = true;
-      work(begin, end, piece);
+      if (rows == nullptr) {
+        if (norm != nullptr) kernels.norm(s, *norm, normed);
+        rows = operand(p, norm != nullptr ? normed : from, participant);
+      }
+      work(rows, begin, end, piece);
     });
   };
-  const auto plain = [&](int64_t items, const auto& work) {
-    share(*stage++, items, threads, [&](int64_t begin, int64_t end, int64_t) { work(begin, end); });
+  const auto add = [&](const PlanProduct& p, const void* from) {
+    product(p, nullptr, from, units(p.out),
+            [&](const void* rows, int64_t begin, int64_t end, int64_t) {
+              kernels.add(s, p, rows, begin, end);
+            });
   };
 
   for (const PlanLayer& layer : model_.layers) {
     DecodeAttentionArgs a = attention_;
     a.k = layer.keys;
     a.v = layer.values;
-    normed(
-        layer.attention_norm, s.heads + 2 * s.kv_heads,
-        [&](int64_t begin, int64_t end, int64_t) { kernels.project(s, layer, rows, begin, end); });
-    plain(first_task_.back(), [&](int64_t begin, int64_t end) { attention.attend(a, begin, end); });
+    product(layer.qkv, &layer.attention_norm, nullptr, s.heads + 2 * s.kv_heads,
+            [&](const void* rows, int64_t begin, int64_t end, int64_t) {
+              kernels.project(s, layer, rows, begin, end);
+            });
+    share(*stage++, first_task_.back(), threads,
+          [&](int64_t begin, int64_t end, int64_t) { attention.attend(a, begin, end); });
     if (joined_) {
-      plain(s.batch * s.heads,
-            [&](int64_t begin, int64_t end) { attention.combine(a, begin, end); });
+      share(*stage++, s.batch * s.heads, threads,
+            [&](int64_t begin, int64_t end, int64_t) { attention.combine(a, begin, end); });
     }
-    plain(units(layer.out.out), [&](int64_t begin, int64_t end) {
-      kernels.add(s, layer.out, attended_.as<void>(), begin, end);
-    });
-    normed(layer.mlp_norm, units(layer.up.out), [&](int64_t begin, int64_t end, int64_t) {
-      kernels.hidden(s, layer, rows, hidden_.as<void>(), begin, end);
-    });
-    plain(units(layer.down.out), [&](int64_t begin, int64_t end) {
-      kernels.add(s, layer.down, hidden_.as<void>(), begin, end);
-    });
+    add(layer.out, attended_.as<void>());
+    product(layer.up, &layer.mlp_norm, nullptr, units(layer.up.out),
+            [&](const void* rows, int64_t begin, int64_t end, int64_t) {
+              kernels.hidden(s, layer, rows, hidden_.as<void>(), begin, end);
+            });
+    add(layer.down, hidden_.as<void>());
   }
-  normed(model_.norm, units(model_.head.out), [&](int64_t begin, int64_t end, int64_t piece) {
-    const int64_t at = piece * s.batch;
-    kernels.logits(s, model_.head, rows, head.logits, head.limit, largest_.data() + at,
-                   at_.data() + at, begin, end);
-  });
+  product(model_.head, &model_.norm, nullptr, units(model_.head.out),
+          [&](const void* rows, int64_t begin, int64_t end, int64_t piece) {
+            const int64_t at = piece * s.batch;
+            kernels.logits(s, model_.head, rows, head.logits, head.limit, largest_.data() + at,
+                           at_.data() + at, begin, end);
+          });
 }
 
 }  // namespace fastlm

@@ -55,7 +55,8 @@ class DecodePlan {
 
   // Takes tokens [batch] at positions [batch] through all layers and appends them to the cache.
   // Writes logits [batch, vocab] and the largest logit's place among the first `limit` to best
-  // [batch]. Throws std::out_of_range for a token or position that is not there.
+  // [batch]. Throws std::out_of_range for a token or position that is not there,
+  // std::runtime_error for logits that are not finite.
   void step(const int64_t* tokens, const int64_t* positions, float* logits, int64_t limit,
             int64_t* best);
   int64_t batch() const { return model_.step.batch; }
@@ -66,13 +67,14 @@ class DecodePlan {
     int64_t limit;
   };
   void cut_attention();
+  const void* operand(const PlanProduct& p, const void* rows, int64_t participant) const;
   void run(int64_t participant, int64_t threads, const Head& head);
 
   PlanModel model_;
-  int64_t row_bytes_, useful_threads_;
+  int64_t row_bytes_, quantized_bytes_ = 0, useful_threads_;
   Buffer x_, q_, attended_, hidden_, partial_;
   int64_t partial_floats_ = 0;
-  std::vector<Buffer> rows_;  // normalised rows, a copy for each participant
+  std::vector<Buffer> rows_, quantized_;  // normalised and quantized, a copy per participant
   std::vector<Progress> progress_;
   std::vector<int64_t> lengths_, first_key_, first_task_;
   std::vector<float> largest_;  // of each piece of the last stage

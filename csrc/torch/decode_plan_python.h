@@ -4,8 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-
 #include "torch/decode_plan.h"
 
 namespace fastlm {
@@ -14,27 +12,46 @@ using Addresses = std::vector<uintptr_t>;
 
 inline void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-// [attention norm's weight, bias, qkv's, out's, mlp norm's, gate's, up's, down's]
-inline PlanLayer plan_layer(const std::array<uintptr_t, 14>& a, const PlanStep& s, int64_t width) {
-  const auto norm = [&](size_t i) { return PlanNorm{pointer(a[i]), pointer(a[i + 1])}; };
-  const auto product = [&](size_t i, int64_t out, int64_t in) {
-    return PlanProduct{pointer(a[i]), pointer(a[i + 1]), a[i] ? out : 0, in};
-  };
-  const int64_t heads = s.heads * s.head_dim, every = (s.heads + 2 * s.kv_heads) * s.head_dim;
+// Reads addresses and numbers in the order in which plan.py lists them.
+struct PlanReader {
+  const std::vector<uintptr_t>& from;
+  size_t at = 0;
+  uintptr_t next() { return from.at(at++); }
+  PlanNorm norm() {
+    void* weight = pointer(next());
+    return {weight, pointer(next())};
+  }
+  PlanProduct product(int64_t out, int64_t in) {
+    PlanProduct p;
+    p.w = pointer(next());
+    p.bias = pointer(next());
+    p.scale = pointer(next());
+    p.minimum = pointer(next());
+    p.group = static_cast<int64_t>(next());
+    p.form = static_cast<QuantizedForm>(next());
+    p.digits = static_cast<int>(next());
+    p.out = p.w == nullptr ? 0 : out;
+    p.in = in;
+    return p;
+  }
+};
+
+inline PlanLayer plan_layer(const std::vector<uintptr_t>& from, const PlanStep& s, int64_t width) {
+  PlanReader read{from};
   PlanLayer layer;
-  layer.attention_norm = norm(0);
-  layer.qkv = product(2, every, s.hidden);
-  layer.out = product(4, s.hidden, heads);
-  layer.mlp_norm = norm(6);
-  layer.gate = product(8, width, s.hidden);
-  layer.up = product(10, width, s.hidden);
-  layer.down = product(12, s.hidden, width);
+  layer.attention_norm = read.norm();
+  layer.qkv = read.product((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden);
+  layer.out = read.product(s.hidden, s.heads * s.head_dim);
+  layer.mlp_norm = read.norm();
+  layer.gate = read.product(width, s.hidden);
+  layer.up = read.product(width, s.hidden);
+  layer.down = read.product(s.hidden, width);
   return layer;
 }
 
-inline std::unique_ptr<DecodePlan> make_decode_plan(
-    const pybind11::dict& sizes, const std::vector<std::array<uintptr_t, 14>>& layers,
-    const std::array<uintptr_t, 7>& others) {
+inline std::unique_ptr<DecodePlan> make_decode_plan(const pybind11::dict& sizes,
+                                                    const std::vector<Addresses>& layers,
+                                                    const Addresses& others) {
   const auto whole = [&](const char* name) { return pybind11::cast<int64_t>(sizes[name]); };
   const auto real = [&](const char* name) { return pybind11::cast<float>(sizes[name]); };
   PlanModel model;
@@ -49,12 +66,13 @@ inline std::unique_ptr<DecodePlan> make_decode_plan(
   s.eps = real("eps");
   s.centred = whole("centred") != 0;
   s.act = static_cast<Activation>(whole("activation"));
-  s.embed = pointer(others[0]);
-  s.learned = pointer(others[1]);
-  s.cos = static_cast<const float*>(pointer(others[2]));
-  s.sin = static_cast<const float*>(pointer(others[3]));
-  model.norm = {pointer(others[4]), pointer(others[5])};
-  model.head = {pointer(others[6]), nullptr, whole("outputs"), s.hidden};
+  PlanReader read{others};
+  s.embed = pointer(read.next());
+  s.learned = pointer(read.next());
+  s.cos = static_cast<const float*>(pointer(read.next()));
+  s.sin = static_cast<const float*>(pointer(read.next()));
+  model.norm = read.norm();
+  model.head = read.product(whole("outputs"), s.hidden);
   model.places = whole("places");
   model.window = whole("window");
   model.scale = real("scale");

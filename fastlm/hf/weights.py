@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from fastlm import nn
 from fastlm.hf import families
 from fastlm.hf.families import Family
 from fastlm.models.config import Config
@@ -109,7 +110,12 @@ def save(
         path: the directory.
         max_shard_bytes: larger weights are split into several files.
         companions: whether to write the tokenizer's files of the checkpoint it was loaded from.
+
+    Raises:
+        ValueError: a quantized model.
     """
+    if any(isinstance(module, nn.QuantizedLinear) for module in model.modules()):
+        raise ValueError("save: a quantized model cannot be saved; save it before `quantize`")
     path = Path(path)
     family = families.of(model.config)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")

@@ -93,7 +93,9 @@ class Decoder(torch.nn.Module):
         )
         self.blocks = torch.nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config)
-        self.head = None if config.tied_head else nn.Linear(config.hidden, config.vocab, bias=False)
+        self.head: Any = (
+            None if config.tied_head else nn.Linear(config.hidden, config.vocab, bias=False)
+        )
         if not self.embed.weight.is_meta:
             self.reset_parameters()
 
@@ -111,7 +113,47 @@ class Decoder(torch.nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """[vocab, hidden]: the head's own weights or the embedding's."""
+        if isinstance(self.head, nn.QuantizedLinear):
+            return self.head.qweight.dequantize(self.embed.weight.dtype)
         return self.embed.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] normalised hidden states -> [..., vocab]."""
+        if isinstance(self.head, nn.QuantizedLinear):
+            return self.head(hidden)
+        return ops.linear(hidden, self.head_weight)
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        bits: int = 8,
+        group_size: int = 32,
+        *,
+        symmetric: bool = True,
+        activations: str = "exact",
+    ) -> Decoder:
+        """Replaces every linear layer and the head by `fastlm.nn.QuantizedLinear`, in place.
+
+        Embeddings, norms and biases stay as they are. For inference: the integers are not
+        trained, and the model can no longer be saved.
+
+        Args:
+            bits, group_size, symmetric: as in `fastlm.ops.quantize_weight`.
+            activations: "exact", or "int8": see `fastlm.ops.quantized_linear`.
+
+        Returns:
+            The decoder itself.
+        """
+        options: Any = {"symmetric": symmetric, "activations": activations}
+        for module in [*self.modules()]:
+            for name, child in [*module.named_children()]:
+                if isinstance(child, torch.nn.Linear):
+                    quantized = nn.QuantizedLinear.from_linear(child, bits, group_size, **options)
+                    setattr(module, name, quantized)
+        if self.head is None:
+            qweight = ops.quantize_weight(self.embed.weight, bits, group_size, symmetric=symmetric)
+            self.head = nn.QuantizedLinear(qweight, activations=activations)
+        return self
 
     def forward(
         self,
@@ -143,7 +185,7 @@ class Decoder(torch.nn.Module):
         """
         hidden = self.hidden(tokens, mask=mask, positions=positions, cache=cache)
         if labels is None:
-            return ops.linear(hidden, self.head_weight)
+            return self.logits(hidden)
         if labels.shape != tokens.shape:
             expected, got = list(tokens.shape), list(labels.shape)
             raise ValueError(f"Decoder: labels must be {expected} like tokens, got {got}")

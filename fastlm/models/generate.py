@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastlm import ops
 from fastlm.models import sampling
 from fastlm.models.cache import KVCache
 from fastlm.models.plan import NextLogits
@@ -153,7 +152,7 @@ def _steps(
             last = hidden[:, -1]
         else:
             last = hidden[torch.arange(len(tokens), device=hidden.device), lengths - 1]
-        chosen = choose(ops.linear(last, model.head_weight))
+        chosen = choose(model.logits(last))
     for step in range(count):
         if step:
             with torch.inference_mode():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastlm import _ext, ops
+from fastlm import _ext, nn, ops
 from fastlm.models.cache import KVCache
 from fastlm.models.config import Config
 from fastlm.models.step import is_plain, make_step
@@ -68,11 +68,11 @@ def unsupported(model: Decoder, cache: KVCache) -> list[str]:
     assert config.head_dim is not None  # set by Config
     if config.head_dim > MAX_HEAD:
         reasons.append(f"takes heads of up to {MAX_HEAD}, not {config.head_dim}")
-    if not all(is_plain(module) for module in model.modules()):
+    if not all(_is_known(module) for module in model.modules()):
         reasons.append("a module was replaced or has hooks")
     if reasons:
         return reasons
-    return _unfit_weights(model) + _unfit_cache(model, cache)
+    return _unfit_weights(model) or _unfit_integers(model) or _unfit_cache(model, cache)
 
 
 def _unfit_weights(model: Decoder) -> list[str]:
@@ -93,10 +93,12 @@ def _unfit_weights(model: Decoder) -> list[str]:
             if name.endswith("norm.weight"):
                 return [f"{name} is missing"]
             continue
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
+        if type(tensor) not in (Tensor, torch.nn.Parameter, ops.QuantizedWeight):
             return [f"{name} is a {type(tensor).__name__}"]
         if tuple(tensor.shape) != shape:
             return [f"{name} is {list(tensor.shape)}, not {list(shape)}"]
+        if name.endswith(".qweight"):
+            continue
         wanted = torch.float32 if name.startswith("rope.") else dtype
         if tensor.dtype != wanted or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return [f"{name} is not a contiguous {str(wanted).removeprefix('torch.')} cpu tensor"]
@@ -137,10 +139,10 @@ class DecodePlan:
     def __init__(self, model: Decoder, cache: KVCache) -> None:
         c, weight = model.config, model.embed.weight
         assert _ext.native is not None and c.head_dim is not None  # unsupported() was asked
-        outputs = model.head_weight.shape[0]
+        outputs = c.vocab
         self.logits = torch.empty(cache.batch, outputs)
         self.best = torch.empty(cache.batch, dtype=torch.int64)
-        self._cache = cache
+        self._cache, self._dtype = cache, weight.dtype
         self._bound: list[Tensor] = []  # what the plan points at
         self._weights: list[_Weight] = []
         layers = [self._layer(block) for block in model.blocks]
@@ -151,7 +153,7 @@ class DecodePlan:
             0 if rope is None else self._bind(rope, "cos"),
             0 if rope is None else self._bind(rope, "sin"),
             *self._both(model.norm),
-            self._bind(model.embed if model.head is None else model.head, "weight"),
+            *self._product(model.embed if model.head is None else model.head),
         ]
         sizes = {
             "bf16": weight.dtype == torch.bfloat16,
@@ -192,6 +194,7 @@ class DecodePlan:
 
         Raises:
             IndexError: a token or position beyond the model's.
+            RuntimeError: a logit before the limit that is not finite.
         """
         cache = self._cache
         tokens = tokens.to(torch.int64).contiguous()
@@ -225,17 +228,30 @@ class DecodePlan:
         bias = "bias" in module._parameters
         return self._bind(module, "weight"), self._bind(module, "bias") if bias else 0
 
+    def _product(self, module: Any) -> list[int]:
+        """weight, bias, scale, minimum, group, form and digits of the rows."""
+        if not isinstance(module, nn.QuantizedLinear):
+            return [*self._both(module), 0, 0, 0, 0, 0]
+        return [
+            self._bind(module, "values"),
+            self._bind(module, "bias"),
+            self._bind(module, "scale"),
+            self._bind(module, "minimum"),
+            module.group_size,
+            *_form(module, self._dtype),
+        ]
+
     def _layer(self, block: Any) -> list[int]:
         """The addresses in the order of csrc/torch/decode_plan_python.h."""
         attention, mlp = block.attention, block.mlp
         return [
             *self._both(block.attention_norm),
-            *self._both(attention.qkv),
-            *self._both(attention.out),
+            *self._product(attention.qkv),
+            *self._product(attention.out),
             *self._both(block.mlp_norm),
-            *((0, 0) if mlp.gate is None else self._both(mlp.gate)),
-            *self._both(mlp.up),
-            *self._both(mlp.down),
+            *([0] * 7 if mlp.gate is None else self._product(mlp.gate)),
+            *self._product(mlp.up),
+            *self._product(mlp.down),
         ]
 
 
@@ -258,7 +274,7 @@ class NextLogits:
             plan.step(tokens)
             return plan.logits
         assert self._modules is not None
-        return ops.linear(self._modules(tokens, self._cache), self._model.head_weight)
+        return self._model.logits(self._modules(tokens, self._cache))
 
     def best(self, tokens: Tensor, limit: int | None) -> Tensor:
         """[B], the likeliest next tokens among the first `limit`; overwritten by the next call."""
@@ -294,6 +310,40 @@ class NextLogits:
         return self._plan
 
 
+def _is_known(module: torch.nn.Module) -> bool:
+    return is_plain(module, also=nn.QuantizedLinear)
+
+
+def _form(module: nn.QuantizedLinear, dtype: torch.dtype) -> tuple[int, int]:
+    """The weight's form and the digits of its rows: csrc/ops/quantized_linear.h."""
+    form = 0 if module.bits == 8 else 1 if module.minimum is None else 2
+    digits = 1 if module.activations == "int8" else 4 if dtype == torch.float32 else 3
+    return form, digits
+
+
+def _unfit_integers(model: Decoder) -> list[str]:
+    """What the plan cannot do with the quantized layers of a model."""
+    named = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)]
+    for name, module in named:
+        qweight = module.qweight
+        if not qweight.packed or not all(
+            t is None or (t.is_contiguous() and t.is_cpu) for t in qweight[:3]
+        ):
+            return [f"the integers of {name} are not packed for the CPU"]
+        head_dim = model.config.head_dim
+        if name.endswith("attention.qkv") and head_dim and head_dim % 16:
+            return [f"quantized heads must be a multiple of 16, not {head_dim}"]
+    block: Any
+    for layer, block in enumerate(model.blocks):
+        pair = {block.mlp.up, block.mlp.gate} - {None}
+        kinds = {
+            _form(m, torch.float32) if isinstance(m, nn.QuantizedLinear) else None for m in pair
+        }
+        if len(kinds) > 1:
+            return [f"gate and up of layer {layer} are quantized differently"]
+    return []
+
+
 def _norms(model: Decoder) -> list[Any]:
     blocks: Any = model.blocks
     return [n for b in blocks for n in (b.attention_norm, b.mlp_norm)] + [model.norm]
@@ -303,15 +353,16 @@ def _eps(norm: Any, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if norm.eps is None else norm.eps
 
 
-def _shapes(model: Decoder) -> list[tuple[str, Tensor | None, tuple[int, ...]]]:
+def _shapes(model: Decoder) -> list[tuple[str, Any, tuple[int, ...]]]:
     """Every tensor a plan points at, with the shape it must have."""
     c = model.config
     assert c.head_dim is not None and c.intermediate is not None  # set by Config
-    found: list[tuple[str, Tensor | None, tuple[int, ...]]] = []
+    found: list[tuple[str, Any, tuple[int, ...]]] = []
     block: Any
 
     def add(name: str, module: Any, *shape: int) -> None:
-        found.append((f"{name}.weight", module.weight, shape))
+        kind = "qweight" if isinstance(module, nn.QuantizedLinear) else "weight"
+        found.append((f"{name}.{kind}", getattr(module, kind), shape))
         found.append((f"{name}.bias", getattr(module, "bias", None), shape[:1]))
 
     add("embed", model.embed, c.vocab, c.hidden)

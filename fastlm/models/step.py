@@ -91,9 +91,9 @@ def _norm(module: torch.nn.Module) -> Callable[..., Any]:
     return partial(ops.layer_norm, weight=module.weight, bias=module.bias, eps=module.eps)
 
 
-def is_plain(module: torch.nn.Module) -> bool:
+def is_plain(module: torch.nn.Module, also: type | None = None) -> bool:
     """Whether a module is one of ours without hooks, so that its forward need not be called."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return False
     ours = type(module).__module__.startswith("fastlm.models")
-    return ours or type(module) in (*_PLAIN, torch.nn.Embedding, torch.nn.ModuleList)
+    return ours or type(module) in (*_PLAIN, torch.nn.Embedding, torch.nn.ModuleList, also)

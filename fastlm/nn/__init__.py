@@ -5,6 +5,7 @@ from fastlm.nn.feed_forward import FeedForward
 from fastlm.nn.linear import Linear
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.norm import LayerNorm, RMSNorm
+from fastlm.nn.quantized import QuantizedLinear
 from fastlm.nn.rope import RotaryTable
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "QuantizedLinear",
     "RMSNorm",
     "RotaryTable",
     "SelfAttention",

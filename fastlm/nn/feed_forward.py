@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.nn.linear import Linear
+from fastlm.nn.quantized import QuantizedLinear
 
 
 class FeedForward(torch.nn.Module):
@@ -41,7 +42,12 @@ class FeedForward(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
-        return ops.feed_forward(x, **self.arguments())
+        layers = self.up, self.down, self.gate
+        if not any(isinstance(layer, QuantizedLinear) for layer in layers):
+            return ops.feed_forward(x, **self.arguments())
+        if self.gate is None:
+            return self.down(ops.activation(self.up(x), self.activation))
+        return self.down(ops.gated_activation(self.gate(x), self.up(x), self.activation))
 
     def arguments(self) -> dict[str, Any]:
         """What `fastlm.ops.feed_forward` takes beside x."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastlm
-from fastlm import _ext, ops
+from fastlm import _ext, nn
 from fastlm.models import Config, Decoder, plan
 from fastlm.models.plan import DecodePlan, NextLogits, unsupported
 from fastlm.models.step import make_step
@@ -89,7 +89,7 @@ def follow_modules(model: Decoder, prompts: list[int], steps: int, seed: int = 0
     found = []
     with torch.inference_mode():
         for _ in range(steps):
-            found.append(ops.linear(step(tokens, cache), model.head_weight))
+            found.append(model.logits(step(tokens, cache)))
             tokens = torch.randint(0, model.config.vocab, tokens.shape)
     return torch.stack(found)
 
@@ -229,6 +229,55 @@ def test_copies_and_saved_models_have_plans_of_their_own(tmp_path):
     assert Decoder.from_pretrained(tmp_path).generate([1, 2, 3], 12, eos=()) == text
 
 
+KINDS = {
+    "int8": {"bits": 8},
+    "int4": {"bits": 4},
+    "minimum": {"bits": 4, "symmetric": False, "group_size": 64},
+    "rounded": {"bits": 8, "activations": "int8"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prompts", ["one", "unequal"])
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_integer_weights(kind, dtype, prompts, shape):
+    sizes = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 128}
+    model = make(shape, **sizes)
+    exact = copy.deepcopy(model).double()
+    model.to(dtype).quantize(**KINDS[kind])
+    with torch.no_grad():  # the same integers, in float64
+        for name, module in model.named_modules():
+            if isinstance(module, nn.QuantizedLinear):
+                wide = module.qweight.dequantize(torch.float64)
+                if name == "head":
+                    exact.head = torch.nn.Linear(64, wide.shape[0], bias=False).double()
+                exact.get_submodule(name).weight.data = wide
+        for name, parameter in model.named_parameters():
+            exact.get_parameter(name).copy_(parameter)
+    lengths = PROMPTS[prompts]
+    found = error(
+        "logits",
+        follow(model, lengths, 5),
+        follow_modules(model, lengths, 5),
+        follow_modules(exact, lengths, 5),
+    )
+    assert found.ok, str(found)
+
+
+def test_integer_weights_that_do_not_fit():
+    model = make("llama", hidden=64, head_dim=32).quantize()
+    assert reasons(model) == ""
+    assert reasons(copy.deepcopy(model).bfloat16()) == ""
+    assert model.generate([1, 2, 3], 9) == copy.deepcopy(model).generate([1, 2, 3], 9)
+    with pytest.raises(ValueError, match="a quantized model cannot be saved"):
+        model.save_pretrained("nowhere")
+    model.blocks[0].mlp.up = make("llama", hidden=64, head_dim=32).blocks[0].mlp.up
+    assert "gate and up of layer 0 are quantized differently" in reasons(model)
+    other = make("llama", hidden=64, head_dim=40, heads=4, intermediate=64)
+    assert "must be a multiple of 16, not 40" in reasons(other.quantize())
+
+
 def reasons(model: Decoder, batch: int = 1, **cache) -> str:
     made = model.new_cache(batch)
     for name, value in cache.items():
@@ -286,5 +335,9 @@ def test_tokens_and_positions_that_are_not_there():
             made.step(torch.tensor([bad]))
     for _ in range(2):
         made.step(torch.tensor([1]))
+    with torch.no_grad():
+        model.norm.weight.mul_(torch.nan)
+    with pytest.raises(RuntimeError, match="a logit is not finite"):
+        DecodePlan(model, begin(model, [2])[0]).step(torch.tensor([1]))
     with pytest.raises(IndexError, match=r"a position must be in \[0, 8\), got 8"):
         made.step(torch.tensor([1]))
