@@ -32,7 +32,7 @@ struct RowStats {
   float rstd;
 };
 
-inline RowStats row_stats(float near, float sum, float squares, int64_t cols, float eps) {
+inline RowStats row_stats(float near, double sum, double squares, int64_t cols, float eps) {
   const double n = static_cast<double>(cols), rest = sum / n;
   const double rstd = 1.0 / sqrt(squares / n - rest * rest + static_cast<double>(eps));
   return {near, static_cast<float>(rest * rstd), static_cast<float>(rstd)};
@@ -62,14 +62,14 @@ inline VecF normalised(const T* x, VecF near, VecF shift, VecF rstd, int64_t i, 
 template <bool kCentred, class T>
 inline RowStats forward_stats(const T* x, int64_t cols, float eps) {
   const auto read = [&](float near) {
-    float sums[2];
+    double sums[2];
     const VecF m = set1(near);
     row_sums<kCentred ? 2 : 1>(cols, sums, [&](VecF* s, int64_t i, auto... n) {
       const VecF c = centred<kCentred>(x, m, i, n...);
       s[0] = fma(c, c, s[0]);
       if (kCentred) s[1] = s[1] + c;
     });
-    return row_stats(near, kCentred ? sums[1] : 0.0f, sums[0], cols, eps);
+    return row_stats(near, kCentred ? sums[1] : 0.0, sums[0], cols, eps);
   };
   if (!kCentred) return read(0.0f);
   const RowStats first = read(guess_mean(x, cols));
@@ -112,7 +112,7 @@ template <bool kCentred, class T, class W>
 inline RowSlopes row_slopes(const T* x, const T* g, const Scale<!kCentred, W>& scale, int64_t cols,
                             float eps) {
   const auto read = [&](float near) -> RowSlopes {
-    float sums[4];
+    double sums[4];
     const VecF m = set1(near);
     row_sums<kCentred ? 4 : 2>(cols, sums, [&](VecF* s, int64_t i, auto... n) {
       const VecF c = centred<kCentred>(x, m, i, n...);
@@ -124,7 +124,7 @@ inline RowSlopes row_slopes(const T* x, const T* g, const Scale<!kCentred, W>& s
         s[3] = s[3] + gw;
       }
     });
-    const RowStats stats = row_stats(near, kCentred ? sums[2] : 0.0f, sums[0], cols, eps);
+    const RowStats stats = row_stats(near, kCentred ? sums[2] : 0.0, sums[0], cols, eps);
     const double columns = static_cast<double>(cols);
     const double mean_gw = kCentred ? sums[3] / columns : 0.0;
     const double mean_gwh = sums[1] / columns * stats.rstd - mean_gw * stats.shift;

@@ -23,32 +23,39 @@ inline void put(bool, T* p, VecF v, int n) {
 }
 
 // N sums over a row, in a fixed order: f(sums, offset[, lanes]) adds one vector's terms to N
-// vectors. Several chains of additions hide their latency; lanes past the tail do not count.
+// vectors. Several chains of additions hide their latency; lanes past the tail do not count. A
+// chain ends after 32 terms and goes to a sum in double, or a wide row would lose digits.
 template <int N, class F>
-inline void row_sums(int64_t cols, float* out, F&& f) {
+inline void row_sums(int64_t cols, double* out, F&& f) {
   constexpr int kChains = N > 2 ? 2 : 4;
-  VecF sums[kChains][N];
-  for (auto& chain : sums) {
-    for (VecF& v : chain) v = zero();
-  }
+  constexpr int64_t kStep = kChains * kLanes, kBlock = 32 * kStep;
+  for (int k = 0; k < N; ++k) out[k] = 0.0;
   int64_t i = 0;
-  for (; i + kChains * kLanes <= cols; i += kChains * kLanes) {
-    for (int c = 0; c < kChains; ++c) f(sums[c], i + c * kLanes);
-  }
-  for (; i + kLanes <= cols; i += kLanes) f(sums[0], i);
-  if (i < cols) {
-    VecF tail[N];
-    for (VecF& v : tail) v = zero();
-    f(tail, i, static_cast<int>(cols - i));
-    for (int k = 0; k < N; ++k) {
-      sums[1][k] = sums[1][k] + select(below(i, cols), tail[k], zero());
+  do {
+    VecF sums[kChains][N];
+    for (auto& chain : sums) {
+      for (VecF& v : chain) v = zero();
     }
-  }
-  for (int k = 0; k < N; ++k) {
-    VecF sum = sums[0][k] + sums[1][k];
-    for (int c = 2; c < kChains; c += 2) sum = sum + (sums[c][k] + sums[c + 1][k]);
-    out[k] = reduce_add(sum);
-  }
+    const int64_t end = cols - i < kBlock ? cols : i + kBlock;
+    for (; i + kStep <= end; i += kStep) {
+      for (int c = 0; c < kChains; ++c) f(sums[c], i + c * kLanes);
+    }
+    for (; i + kLanes <= end; i += kLanes) f(sums[0], i);
+    if (i < end) {
+      VecF tail[N];
+      for (VecF& v : tail) v = zero();
+      f(tail, i, static_cast<int>(end - i));
+      for (int k = 0; k < N; ++k) {
+        sums[1][k] = sums[1][k] + select(below(i, end), tail[k], zero());
+      }
+      i = end;
+    }
+    for (int k = 0; k < N; ++k) {
+      VecF sum = sums[0][k] + sums[1][k];
+      for (int c = 2; c < kChains; c += 2) sum = sum + (sums[c][k] + sums[c + 1][k]);
+      out[k] += static_cast<double>(reduce_add(sum));
+    }
+  } while (i < cols);
 }
 
 // Rows [begin, end) of block b when `rows` are cut into `blocks` nearly equal parts. The cut does

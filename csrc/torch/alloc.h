@@ -125,13 +125,17 @@ void parallel_rows(int64_t items, int64_t bytes_per_item, const F& f,
   torch::stable::parallel_for(0, items, grain, f);
 }
 
-// Sums fp32 partials [blocks, cols] over the blocks, in order, to a tensor [cols] of `dtype`.
+// Sums fp32 partials [blocks, cols] over the blocks, in pairs, to a tensor [cols] of `dtype`.
 inline Tensor sum_blocks(const Tensor& partial, ScalarType dtype) {
   const int64_t blocks = partial.size(0), cols = partial.size(1);
   Tensor out = empty_cpu({cols}, dtype);
   float* rows = static_cast<float*>(partial.mutable_data_ptr());
-  for (int64_t b = 1; b < blocks; ++b) {
-    for (int64_t i = 0; i < cols; ++i) rows[i] += rows[b * cols + i];
+  for (int64_t step = 1; step < blocks; step *= 2) {
+    for (int64_t b = 0; b + step < blocks; b += 2 * step) {
+      float* sum = rows + b * cols;
+      const float* other = sum + step * cols;
+      for (int64_t i = 0; i < cols; ++i) sum[i] += other[i];
+    }
   }
   if (dtype == ScalarType::Float) {
     std::copy(rows, rows + cols, static_cast<float*>(out.mutable_data_ptr()));

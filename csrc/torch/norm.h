@@ -100,8 +100,8 @@ inline std::tuple<Tensor, Tensor, Tensor> norm_backward(
   const DType weight_dtype = dtype_or_float(weight);
   check_vector("weight", weight, shape.cols, weight_dtype);
   STD_TORCH_CHECK(weight || !bias, "a bias comes with a weight");
-  // partial sums: few enough to add up cheaply, enough to keep every core busy
-  const int64_t blocks = std::clamp<int64_t>(shape.rows / 16, 1, 32);
+  // partial sums: few enough to add up cheaply, enough to keep every core busy and each sum short
+  const int64_t blocks = std::max(std::clamp<int64_t>(shape.rows / 16, 1, 32), shape.rows / 128);
   const bool whole = blocks == 1 && weight_dtype == DType::kFloat32;  // the sum is the result
   const auto partial = [&](bool wanted) {
     if (!wanted) return empty_cpu({0, shape.cols}, ScalarType::Float);
