@@ -16,9 +16,9 @@ from fastlm.ops._library import define, direct, needs_grad
 from fastlm.ops._registry import Backend, choose, memory, native, register, remember
 
 REDUCTIONS = ("none", "mean", "sum")
-_NUMBER = {name: number for number, name in enumerate(REDUCTIONS)}
-_NONE, _, _SUM = range(3)
-_ONE = torch.ones(())
+NUMBER = {name: number for number, name in enumerate(REDUCTIONS)}
+NONE, MEAN, SUM = range(3)
+ONE = torch.ones(())
 
 register("cross_entropy", Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)))
 
@@ -35,7 +35,7 @@ def _fake(
     reduction: int,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    loss = logits.new_empty((target.numel(),) if reduction == _NONE else (), dtype=torch.float32)
+    loss = logits.new_empty((target.numel(),) if reduction == NONE else (), dtype=torch.float32)
     return loss, logits.new_empty(logits.shape if gradient else 0)
 
 
@@ -78,10 +78,10 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         logits, target, weight, token_weight = ctx.saved_tensors
-        args = target, weight, per_token(grad, token_weight), *ctx.options, _SUM, True
+        args = target, weight, per_token(grad, token_weight), *ctx.options, SUM, True
         with torch.no_grad():
             gradient = _cross_entropy(logits, *args)[1]
-        return once(_ONE, gradient)[0] if is_grad_enabled() else gradient, None
+        return once(ONE, gradient)[0] if is_grad_enabled() else gradient, None
 
 
 def per_token(grad: Tensor, token_weight: Tensor | None) -> Tensor:
@@ -189,7 +189,7 @@ def cross_entropy(
                 label_smoothing,
                 z_loss,
                 softcap or 0.0,
-                _NUMBER[reduction],
+                NUMBER[reduction],
             )
             if reduction == "none":
                 if needs_grad(logits):

@@ -1,32 +1,256 @@
-"""A linear layer and the cross-entropy of its outputs in one, for large vocabularies."""
+"""A linear layer and the cross-entropy of its outputs in one, for large vocabularies.
+
+On the CPU the logits exist for a chunk of rows at a time: made, turned into their own gradient
+where they lie, and used for the gradients of x and weight before the next chunk overwrites them.
+So the gradients come with the loss, and the backward pass only scales them.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define
-from fastlm.ops._registry import choose, register
+from fastlm.ops._library import define, needs_grad
+from fastlm.ops._registry import Backend, choose, native, register
 from fastlm.ops.cross_entropy import (
+    MEAN,
+    NONE,
+    NUMBER,
+    ONE,
+    SUM,
     check_class_weight,
     check_options,
     check_target,
+    check_targets,
     check_token_weight,
+    once,
+    per_token,
+    scaled,
 )
+from fastlm.ops.linear import as_matrix, autocast, size_of
 
 _OP = "linear_cross_entropy"
 
-register(_OP)
+# A chunk's logits, and its rows. Each chunk reads the weights twice and their gradient once, which
+# wants many rows; its logits should stay near, which wants few.
+_CHUNK_BYTES, _CHUNK_ROWS = 40 << 20, 512
+_DEPTH = 256  # rows whose product needs no sums in memory
 
+register(
+    _OP,
+    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)),
+    Backend("torch", (), lambda dtype, **facts: []),  # PyTorch's operators, chunk by chunk
+)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: int,
+    dx: bool,
+    dweight: bool,
+    dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty((target.numel(),) if reduction == NONE else (), dtype=torch.float32),
+        x.new_empty(x.shape if dx else 0),
+        x.new_empty(weight.shape if dweight else 0),
+        x.new_empty(weight.shape[0] if dbias else 0),
+    )
+
+
+# -> loss, and where wanted the gradients of x, weight and bias: of that number, or of the sum
+_forward = define(
+    f"{_OP}(Tensor x, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight,"
+    " Tensor? token_weight, int ignore_index, float smoothing, float z_loss, float softcap,"
+    " int reduction, bool dx, bool dweight, bool dbias) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
 # -> loss per row; with `gradient` the logits become the gradient of factor sum_r scale[r] loss[r]
-_chunk = define(
+_softmax = define(
     "cross_entropy_chunk(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? scale,"
     " float factor, int ignore_index, float smoothing, float z_loss, float softcap, bool gradient)"
     " -> Tensor",
     lambda logits, target, *others: target.new_empty(target.numel(), dtype=torch.float32),
 )
+# out = x weight^T + bias
+_logits = define(
+    f"{_OP}_logits(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
+    lambda x, weight, bias, out: None,
+)
+# a^T b with fp32 sums: added to `sums` where `add`, left there or rounded to `out`
+_product = define(
+    f"{_OP}_product(Tensor a, Tensor b, Tensor(a!)? sums, Tensor(b!)? out, bool add) -> ()",
+    lambda a, b, sums, out, add: None,
+)
+
+
+class _Chunks:
+    """The products of one call, and the memory they reuse from chunk to chunk."""
+
+    def __init__(self, rows: Tensor, weight: Tensor, dx: bool, dweight: bool, dbias: bool) -> None:
+        self.rows, self.weight = rows, weight
+        count, (classes, width) = len(rows), weight.shape
+        most = _CHUNK_BYTES // (classes * rows.element_size())
+        number = math.ceil(count / min(max(most, 16), _CHUNK_ROWS))
+        self.size = math.ceil(count / max(number, 1) / 16) * 16  # chunks of equal size
+        self.last = (number - 1) * self.size
+        # the choice that linear makes for so many rows
+        self.own = choose("linear", rows, rows=size_of(rows), transposed=False) == "cpu"
+        self.buffer = rows.new_empty(min(self.size, count), classes)
+        new = rows.new_empty if count else rows.new_zeros
+        self.dx = new((count, width) if dx else 0)
+        self.dweight = new((classes, width) if dweight else 0)
+        self.sums = self.dweight  # fp32, rounded with the last chunk
+        if dweight and rows.dtype != torch.float32 and (number > 1 or count > _DEPTH):
+            self.sums = rows.new_empty(classes, width, dtype=torch.float32)
+        self.dbias = rows.new_zeros(classes if dbias else 0, dtype=torch.float32)
+
+    def logits(self, start: int, bias: Tensor | None) -> Tensor:
+        """Of the chunk that begins at row `start`."""
+        rows, weight = self.rows[start : start + self.size], self.weight
+        out = self.buffer[: len(rows)]
+        if self.own:
+            _logits(rows, weight, bias, out)
+        elif bias is None:
+            torch.mm(rows, weight.t(), out=out)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=out)
+        return out
+
+    def add(self, gradient: Tensor, start: int) -> None:
+        """Takes the gradient of a chunk's logits on to x, weight and bias."""
+        exact = gradient.dtype == torch.float32
+        if self.dx.numel():
+            out = self.dx[start : start + self.size]
+            if not self.own:
+                torch.mm(gradient, self.weight, out=out)
+            elif exact:
+                _product(gradient.t(), self.weight, out, None, False)
+            else:
+                _product(gradient.t(), self.weight, torch.empty_like(out).float(), out, False)
+        if self.dweight.numel():
+            rows = self.rows[start : start + self.size]
+            if exact and not self.own:
+                torch.addmm(self.sums, gradient.t(), rows, beta=float(start > 0), out=self.dweight)
+            else:  # the library would round every chunk's part to bf16
+                sums = None if self.sums is self.dweight and not exact else self.sums
+                rounded = None if exact or start < self.last else self.dweight
+                _product(gradient, rows, sums, rounded, start > 0)
+        if self.dbias.numel():
+            self.dbias += gradient.sum(0, dtype=torch.float32)
+
+
+def _by_chunks(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: int,
+    dx: bool,
+    dweight: bool,
+    dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, t = as_matrix(x).contiguous(), target.reshape(-1)
+    tokens = None if token_weight is None else token_weight.reshape(-1)
+    kept = t != ignore_index
+    index = None if bool(kept.all()) else kept.nonzero()[:, 0]
+    if index is not None:  # tokens without loss cost nothing
+        rows, t = rows[index], t[index].contiguous()
+        tokens = None if tokens is None else tokens[index]
+    count = 1.0  # what the sum is divided by
+    if reduction == MEAN:
+        count = float(len(t)) if class_weight is None is tokens else _count(t, class_weight, tokens)
+    factor = 1.0 / count if count else math.nan
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    chunks = _Chunks(rows, weight, dx, dweight, dbias)
+    losses = []
+    for start in range(0, len(rows), max(chunks.size, 1)):
+        part = slice(start, start + chunks.size)
+        logits = chunks.logits(start, bias)
+        scale = None if tokens is None else tokens[part]
+        options = ignore_index, smoothing, z_loss, softcap, dx or dweight or dbias
+        losses.append(_softmax(logits, t[part], class_weight, scale, factor, *options))
+        chunks.add(logits, start)
+    loss = torch.cat(losses) if losses else x.new_empty(0, dtype=torch.float32)
+    loss = loss if tokens is None else loss * tokens
+    if reduction != NONE:
+        loss = (loss.sum(dtype=torch.float64) / count).float()
+    elif index is not None:
+        loss = loss.new_zeros(target.numel()).index_copy_(0, index, loss)
+    made = chunks.dx
+    if dx and index is not None:
+        made = x.new_zeros(target.numel(), x.shape[-1]).index_copy_(0, index, made)
+    return loss, made.view(x.shape) if dx else made, chunks.dweight, chunks.dbias.to(x.dtype)
+
+
+def _count(target: Tensor, class_weight: Tensor | None, tokens: Tensor | None) -> float:
+    weights = ONE if class_weight is None else class_weight[target]
+    return float((weights if tokens is None else weights * tokens).sum(dtype=torch.float64))
+
+
+torch.library.impl(f"fastlm::{_OP}", "cpu", _by_chunks)
+
+
+class _Reduced(torch.autograd.Function):
+    """The gradients come with the loss; neither x nor weight is kept for them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...]
+    ) -> Tensor:
+        target, *others = args
+        need = ctx.needs_input_grad[:3]
+        loss, *gradients = _forward(x, weight, target, bias, *others, *need)
+        ctx.save_for_backward(*(g for g, n in zip(gradients, need, strict=True) if n))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients = iter(scaled(grad, *ctx.saved_tensors))
+        return *(next(gradients) if n else None for n in ctx.needs_input_grad[:3]), None
+
+
+class _PerToken(torch.autograd.Function):
+    """The gradient of weight needs every token's own: the backward pass makes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...]
+    ) -> Tensor:
+        target, class_weight, token_weight, *ctx.options, _ = args
+        ctx.save_for_backward(x, weight, bias, target, class_weight, token_weight)
+        return _forward(x, weight, target, bias, *args[1:], False, False, False)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, target, class_weight, token_weight = ctx.saved_tensors
+        tokens, need = per_token(grad, token_weight), ctx.needs_input_grad[:3]
+        args = target, bias, class_weight, tokens, *ctx.options, SUM, *need
+        with torch.no_grad():
+            made: tuple[Tensor, ...] = _forward(x, weight, *args)[1:]
+        if torch.is_grad_enabled():
+            made = once(ONE, *made)
+        return *(g if n else None for g, n in zip(made, need, strict=True)), None
 
 
 def linear_cross_entropy(
@@ -60,28 +284,68 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError, IndexError: as `cross_entropy`.
 
-    Differentiable once in x, weight and bias.
+    Never holds all logits. On the CPU in fp32 and bf16 forward and gradients are one pass over
+    chunks of rows (see the head of this file); rows with ignore_index are left out from the start,
+    so that masked fine-tuning costs only its answers. Logits are rounded to x's dtype as a linear
+    layer's are; the gradient of weight is summed in fp32 over all chunks and rounded once; where a
+    reduced loss is not the end of the graph (its own gradient is not one) the product with it is
+    rounded again. With reduction "none" a token's gradient is known only in the backward pass,
+    which makes the logits again: exact, at 8/6 of the arithmetic. Elsewhere the chunks are
+    PyTorch's operators, their logits made again in the backward pass. Differentiable once in x,
+    weight and bias on the CPU. Under autocast x, weight and bias are cast to its dtype.
     """
+    try:
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            x, weight, bias = autocast(x, weight, bias)
+    except AttributeError:
+        _checks.tensor(_OP, "x", x)
+        raise
     _check(x, weight, target, bias)
     check_options(_OP, label_smoothing, softcap, reduction)
     if class_weight is not None:
         check_class_weight(_OP, "class_weight", class_weight, weight.shape[0], x)
     if token_weight is not None:
         check_token_weight(_OP, token_weight, target)
-    choose(_OP, x)
-    return reference.linear_cross_entropy(
-        x,
-        weight,
+    backend = choose(_OP, x)
+    if backend != "cpu":
+        check_targets(_OP, target, weight.shape[0], ignore_index)
+        chunked = backend == "torch"
+        plain = (
+            reference.chunked_linear_cross_entropy if chunked else reference.linear_cross_entropy
+        )
+        return plain(
+            x,
+            weight,
+            target,
+            bias=bias,
+            class_weight=class_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            token_weight=token_weight,
+            reduction=reduction,
+        )
+    args = (
         target,
-        bias=bias,
-        class_weight=class_weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        token_weight=token_weight,
-        reduction=reduction,
+        None if class_weight is None else class_weight.float().contiguous(),
+        None if token_weight is None else token_weight.float().contiguous(),
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap or 0.0,
+        NUMBER[reduction],
     )
+    try:
+        if needs_grad(x, weight, bias):
+            apply = _PerToken.apply if reduction == "none" else _Reduced.apply
+            loss = apply(x, weight, bias, args)
+        else:
+            loss = _forward(x, weight, target, bias, *args[1:], False, False, False)[0]
+    except RuntimeError:
+        check_targets(_OP, target, weight.shape[0], ignore_index)  # the kernel refused one
+        raise
+    return loss.view(target.shape) if reduction == "none" else loss
 
 
 def _check(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:

@@ -5,7 +5,10 @@ from fastlm.reference.decode_attention import decode_attention
 from fastlm.reference.feed_forward import feed_forward
 from fastlm.reference.layer_norm import layer_norm
 from fastlm.reference.linear import linear
-from fastlm.reference.linear_cross_entropy import linear_cross_entropy
+from fastlm.reference.linear_cross_entropy import (
+    chunked_linear_cross_entropy,
+    linear_cross_entropy,
+)
 from fastlm.reference.quantized_linear import quantize_weight, quantized_linear
 from fastlm.reference.quantized_weight import QuantizedWeight
 from fastlm.reference.rms_norm import rms_norm
@@ -16,6 +19,7 @@ __all__ = [
     "QuantizedWeight",
     "activation",
     "attention",
+    "chunked_linear_cross_entropy",
     "cross_entropy",
     "decode_attention",
     "feed_forward",

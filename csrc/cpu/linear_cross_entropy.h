@@ -1,0 +1,210 @@
+// The gradients of linear_cross_entropy: products whose operands run along the result, not along k.
+// Computes   result[m, n] (+)= sum_k a[k, m] b[k, n]: dweight = dlogits^T x, dx = dlogits weight
+// Algorithm  outer products: a block of b is packed into tiles of two vectors and stays in L2 while
+//            panels of a pass by, each packed so that its values are broadcast in order; what comes
+//            next of a is prefetched, because no hardware follows rows of the vocabulary's length
+// Tile       14 rows by 2 vectors in registers (6 with AVX2), 256 of k (512 in bf16) at a time;
+//            smaller tiles for the last rows
+// Traffic    b once per task, a once per block of columns, the sums once per block of k
+// Numerics   fp32 sums in an order that depends on the shapes only, one rounding to out
+// Source     Goto and van de Geijn, doi:10.1145/1356052.1356053 (packed panels)
+
+constexpr int64_t kTile = 2 * kLanes;              // columns
+constexpr int kPanel = kLanes == 16 ? 14 : 6;      // rows
+constexpr int64_t kDeep = 256;                     // of k, in operands
+constexpr int64_t kPanelFloats = 16 * kDeep + 16;  // a packed panel
+
+// How values lie in packed operands: floats, or bf16 pairs of two following k where the processor
+// multiplies those.
+struct Singles {
+  static constexpr int64_t kPer = 1;
+  using Vec = VecF;
+  static Vec vec(const float* p) { return load(p); }
+  static Vec value(const float* p) { return set1(*p); }
+  static VecF add(VecF acc, Vec a, Vec b) { return fma(a, b, acc); }
+  static void order(VecF&, VecF&) {}
+};
+struct Pairs {
+  static constexpr int64_t kPer = 2;
+  using Vec = VecH;
+  static Vec vec(const float* p) { return load_pairs(reinterpret_cast<const bf16*>(p)); }
+  static Vec value(const float* p) { return broadcast_pair(reinterpret_cast<const bf16*>(p)); }
+  static VecF add(VecF acc, Vec a, Vec b) { return dot2(acc, a, b); }
+  static void order(VecF& low, VecF& high) { unzip(low, high); }
+};
+
+// b[k0 .. k0 + depth) x columns [n0, n0 + width) to tiles [operand of k][kTile].
+template <class T>
+void pack_columns(Singles, const ColumnProduct& p, int64_t k0, int64_t depth, int64_t n0,
+                  int64_t width, float* to) {
+  for (int64_t j = 0; j < width; j += kTile, to += depth * kTile) {
+    const T* from = static_cast<const T*>(p.b) + k0 * p.b_stride + n0 + j;
+    const int64_t n = min_of(kTile, width - j);
+    for (int64_t k = 0; k < depth; ++k, from += p.b_stride) {
+      float* row = to + k * kTile;
+      if (n == kTile) {
+        store(row, load(from));
+        store(row + kLanes, load(from + kLanes));
+      } else {
+        const int low = static_cast<int>(min_of<int64_t>(n, kLanes)), high = n - low;
+        store(row, low == kLanes ? load(from) : load(from, low));
+        store(row + kLanes, high > 0 ? load(from + kLanes, high) : zero());
+      }
+    }
+  }
+}
+template <class T>
+void pack_columns(Pairs, const ColumnProduct& p, int64_t k0, int64_t depth, int64_t n0,
+                  int64_t width, float* to) {
+  const auto row = [](const T* from, int64_t n) {
+    return n == kTile ? load_pairs(from) : load_pairs(from, static_cast<int>(n));
+  };
+  for (int64_t j = 0; j < width; j += kTile) {
+    const T* from = static_cast<const T*>(p.b) + k0 * p.b_stride + n0 + j;
+    const int64_t n = min_of(kTile, width - j);
+    for (int64_t k = 0; k < depth; k += 2, from += 2 * p.b_stride, to += kTile) {
+      const VecH even = row(from, n);
+      const VecH odd = k + 1 < depth ? row(from + p.b_stride, n) : as_pairs(zero());
+      VecH low, high;
+      zip(even, odd, low, high);
+      store(to, as_float(low));
+      store(to + kLanes, as_float(high));
+    }
+  }
+}
+
+// a[k0 .. k0 + depth) x rows [m0, m0 + rows) to [operand of k][kRows], zeros beyond the rows.
+template <int kRows, class T>
+void pack_panel(Singles, const ColumnProduct& p, int64_t k0, int64_t depth, int64_t m0,
+                int64_t rows, float* to) {
+  const T* from = static_cast<const T*>(p.a) + k0 * p.a_stride_k + m0 * p.a_stride_m;
+  for (int64_t k = 0; k < depth; ++k, from += p.a_stride_k, to += kRows) {
+    if (p.a_stride_m == 1) __builtin_prefetch(from + kRows, 0, 2);
+    for (int64_t i = 0; i < kRows; ++i) {
+      to[i] = i < rows ? ::fastlm::to_float(from[i * p.a_stride_m]) : 0.0f;
+    }
+  }
+}
+template <int kRows, class T>
+void pack_panel(Pairs, const ColumnProduct& p, int64_t k0, int64_t depth, int64_t m0, int64_t rows,
+                float* to) {
+  const T* from = static_cast<const T*>(p.a) + k0 * p.a_stride_k + m0 * p.a_stride_m;
+  T* pair = reinterpret_cast<T*>(to);
+  for (int64_t k = 0; k < depth; k += 2, from += 2 * p.a_stride_k, pair += 2 * kRows) {
+    const T* next = from + p.a_stride_k;
+    const bool both = k + 1 < depth;
+    if (p.a_stride_m == 1) {
+      __builtin_prefetch(from + kRows, 0, 2);
+      __builtin_prefetch(next + kRows, 0, 2);
+    }
+    for (int64_t i = 0; i < kRows; ++i) {
+      pair[2 * i] = i < rows ? from[i * p.a_stride_m] : T{0};
+      pair[2 * i + 1] = i < rows && both ? next[i * p.a_stride_m] : T{0};
+    }
+  }
+}
+
+// Where a tile's sums go.
+struct Place {
+  int64_t m, rows, n, cols;
+  bool add, last;
+};
+
+template <class T, class... N>
+inline void put(const ColumnProduct& p, const Place& at, int64_t offset, VecF v, N... n) {
+  if (at.add) v = v + load(p.sums + offset, n...);
+  if (at.last) {
+    store(static_cast<T*>(p.out) + offset, v, n...);
+  } else {
+    store(p.sums + offset, v, n...);
+  }
+}
+
+template <class E, int kRows, class T>
+void tile(const ColumnProduct& p, const float* a, const float* b, int64_t operands,
+          const Place& at) {
+  VecF acc[2 * kRows];
+#pragma GCC unroll 28
+  for (int i = 0; i < 2 * kRows; ++i) acc[i] = zero();
+  for (int64_t k = 0; k < operands; ++k, a += kRows, b += kTile) {
+    const typename E::Vec low = E::vec(b), high = E::vec(b + kLanes);
+#pragma GCC unroll 14
+    for (int i = 0; i < kRows; ++i) {
+      const typename E::Vec value = E::value(a + i);
+      acc[2 * i] = E::add(acc[2 * i], value, low);
+      acc[2 * i + 1] = E::add(acc[2 * i + 1], value, high);
+    }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) {
+    if (i >= at.rows) break;
+    VecF low = acc[2 * i], high = acc[2 * i + 1];
+    E::order(low, high);
+    const int64_t offset = (at.m + i) * p.n + at.n;
+    if (at.cols >= kTile) {
+      put<T>(p, at, offset, low);
+      put<T>(p, at, offset + kLanes, high);
+    } else {
+      const int left = static_cast<int>(at.cols);
+      if (left < kLanes) {
+        put<T>(p, at, offset, low, left);
+      } else {
+        put<T>(p, at, offset, low);
+        if (left > kLanes) put<T>(p, at, offset + kLanes, high, left - kLanes);
+      }
+    }
+  }
+}
+
+// One panel of the result: rows [at.m, at.m + at.rows), columns [at.n, at.n + width).
+template <class E, int kRows, class T>
+void panel_rows(const ColumnProduct& p, int64_t k0, int64_t depth, Place at, int64_t width,
+                const float* b, float* a) {
+  const int64_t operands = (depth + E::kPer - 1) / E::kPer;
+  pack_panel<kRows, T>(E{}, p, k0, depth, at.m, at.rows, a);
+  for (int64_t j = 0; j < width; j += kTile, b += operands * kTile, at.n += kTile) {
+    at.cols = width - j;
+    tile<E, kRows, T>(p, a, b, operands, at);
+  }
+}
+
+template <class E, class T>
+void product_as(const ColumnProduct& p, float* scratch, int64_t begin, int64_t end) {
+  const int64_t panels = (p.m + kPanel - 1) / kPanel, deep = kDeep * E::kPer;
+  float* a = scratch;
+  float* b = scratch + kPanelFloats;
+  while (begin < end) {  // a block of columns at a time
+    const int64_t n = begin / panels * p.width, width = min_of(p.width, p.n - n);
+    const int64_t first = begin % panels, last = min_of(first + (end - begin), panels);
+    for (int64_t k = 0; k < p.k; k += deep) {
+      const int64_t depth = min_of(deep, p.k - k);
+      pack_columns<T>(E{}, p, k, depth, n, width, b);
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t m = i * kPanel, rows = min_of<int64_t>(kPanel, p.m - m);
+        const Place at{m, rows, n, 0, p.add || k > 0, p.out != nullptr && k + deep >= p.k};
+        if (rows <= kPanel / 4) {
+          panel_rows<E, kPanel / 4, T>(p, k, depth, at, width, b, a);
+        } else if (rows <= kPanel / 2) {
+          panel_rows<E, kPanel / 2, T>(p, k, depth, at, width, b, a);
+        } else {
+          panel_rows<E, kPanel, T>(p, k, depth, at, width, b, a);
+        }
+      }
+    }
+    begin += last - first;
+  }
+}
+
+void product(const ColumnProduct& p, float* scratch, int64_t begin, int64_t end) {
+  if (p.dtype == DType::kFloat32) return product_as<Singles, float>(p, scratch, begin, end);
+  if constexpr (kFastPairs) return product_as<Pairs, bf16>(p, scratch, begin, end);
+  product_as<Singles, bf16>(p, scratch, begin, end);
+}
+
+int64_t depth(DType dtype) { return dtype == DType::kBFloat16 && kFastPairs ? 2 * kDeep : kDeep; }
+int64_t scratch(int64_t width) {
+  return kPanelFloats + (width + kTile - 1) / kTile * kTile * kDeep;
+}
+
+FASTLM_EXPORT(LinearCrossEntropyKernels, linear_cross_entropy) = {kPanel, kTile, depth, scratch,
+                                                                  product};
