@@ -1,12 +1,12 @@
 // The gradients of linear_cross_entropy: products whose operands run along the result, not along k.
-// Computes   result[m, n] (+)= sum_k a[k, m] b[k, n]: dweight = dlogits^T x, dx = dlogits weight
+// Computes   sums[m, n] (+)= sum_k a[k, m] b[k, n]: dweight = dlogits^T x, dx = dlogits weight
 // Algorithm  outer products: a block of b is packed into tiles of two vectors and stays in L2 while
 //            panels of a pass by, each packed so that its values are broadcast in order; what comes
 //            next of a is prefetched, because no hardware follows rows of the vocabulary's length
 // Tile       14 rows by 2 vectors in registers (6 with AVX2), 256 of k (512 in bf16) at a time;
 //            smaller tiles for the last rows
 // Traffic    b once per task, a once per block of columns, the sums once per block of k
-// Numerics   fp32 sums in an order that depends on the shapes only, one rounding to out
+// Numerics   fp32 sums in an order that depends on the shapes only
 // Source     Goto and van de Geijn, doi:10.1145/1356052.1356053 (packed panels)
 
 constexpr int64_t kTile = 2 * kLanes;              // columns
@@ -107,20 +107,15 @@ void pack_panel(Pairs, const ColumnProduct& p, int64_t k0, int64_t depth, int64_
 // Where a tile's sums go.
 struct Place {
   int64_t m, rows, n, cols;
-  bool add, last;
+  bool add;
 };
 
-template <class T, class... N>
-inline void put(const ColumnProduct& p, const Place& at, int64_t offset, VecF v, N... n) {
-  if (at.add) v = v + load(p.sums + offset, n...);
-  if (at.last) {
-    store(static_cast<T*>(p.out) + offset, v, n...);
-  } else {
-    store(p.sums + offset, v, n...);
-  }
+template <class... N>
+inline void put(const Place& at, float* sums, VecF v, N... n) {
+  store(sums, at.add ? v + load(sums, n...) : v, n...);
 }
 
-template <class E, int kRows, class T>
+template <class E, int kRows>
 void tile(const ColumnProduct& p, const float* a, const float* b, int64_t operands,
           const Place& at) {
   VecF acc[2 * kRows];
@@ -140,18 +135,15 @@ void tile(const ColumnProduct& p, const float* a, const float* b, int64_t operan
     if (i >= at.rows) break;
     VecF low = acc[2 * i], high = acc[2 * i + 1];
     E::order(low, high);
-    const int64_t offset = (at.m + i) * p.n + at.n;
+    float* sums = p.sums + (at.m + i) * p.n + at.n;
     if (at.cols >= kTile) {
-      put<T>(p, at, offset, low);
-      put<T>(p, at, offset + kLanes, high);
+      put(at, sums, low);
+      put(at, sums + kLanes, high);
+    } else if (at.cols < kLanes) {
+      put(at, sums, low, static_cast<int>(at.cols));
     } else {
-      const int left = static_cast<int>(at.cols);
-      if (left < kLanes) {
-        put<T>(p, at, offset, low, left);
-      } else {
-        put<T>(p, at, offset, low);
-        if (left > kLanes) put<T>(p, at, offset + kLanes, high, left - kLanes);
-      }
+      put(at, sums, low);
+      if (at.cols > kLanes) put(at, sums + kLanes, high, static_cast<int>(at.cols - kLanes));
     }
   }
 }
@@ -164,7 +156,7 @@ void panel_rows(const ColumnProduct& p, int64_t k0, int64_t depth, Place at, int
   pack_panel<kRows, T>(E{}, p, k0, depth, at.m, at.rows, a);
   for (int64_t j = 0; j < width; j += kTile, b += operands * kTile, at.n += kTile) {
     at.cols = width - j;
-    tile<E, kRows, T>(p, a, b, operands, at);
+    tile<E, kRows>(p, a, b, operands, at);
   }
 }
 
@@ -181,7 +173,7 @@ void product_as(const ColumnProduct& p, float* scratch, int64_t begin, int64_t e
       pack_columns<T>(E{}, p, k, depth, n, width, b);
       for (int64_t i = first; i < last; ++i) {
         const int64_t m = i * kPanel, rows = min_of<int64_t>(kPanel, p.m - m);
-        const Place at{m, rows, n, 0, p.add || k > 0, p.out != nullptr && k + deep >= p.k};
+        const Place at{m, rows, n, 0, p.add || k > 0};
         if (rows <= kPanel / 4) {
           panel_rows<E, kPanel / 4, T>(p, k, depth, at, width, b, a);
         } else if (rows <= kPanel / 2) {
@@ -201,10 +193,8 @@ void product(const ColumnProduct& p, float* scratch, int64_t begin, int64_t end)
   product_as<Singles, bf16>(p, scratch, begin, end);
 }
 
-int64_t depth(DType dtype) { return dtype == DType::kBFloat16 && kFastPairs ? 2 * kDeep : kDeep; }
 int64_t scratch(int64_t width) {
   return kPanelFloats + (width + kTile - 1) / kTile * kTile * kDeep;
 }
 
-FASTLM_EXPORT(LinearCrossEntropyKernels, linear_cross_entropy) = {kPanel, kTile, depth, scratch,
-                                                                  product};
+FASTLM_EXPORT(LinearCrossEntropyKernels, linear_cross_entropy) = {kPanel, kTile, scratch, product};

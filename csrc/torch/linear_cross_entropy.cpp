@@ -31,24 +31,16 @@ void logits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
               out.mutable_data_ptr());
 }
 
-// a^T b for a [k, m] with any strides and b [k, n]: added to `sums` where `add`, left there or
-// rounded to out.
-void column_product(const Tensor& a, const Tensor& b, std::optional<Tensor> sums,
-                    std::optional<Tensor> out, bool add) {
+// sums [m, n] = a^T b, or += where `add`, for a [k, m] with any strides and b [k, n].
+void column_product(const Tensor& a, const Tensor& b, Tensor sums, bool add) {
   check_matrix(a, b.scalar_type());
   check_matrix(b, a.scalar_type());
+  check_matrix(sums, ScalarType::Float);
   const LinearCrossEntropyKernels& kernels = linear_cross_entropy_kernels();
-  const DType dtype = dtype_of(a);
   const int64_t k = a.size(0), m = a.size(1), n = b.size(1);
-  STD_TORCH_CHECK(b.size(0) == k && (b.stride(1) == 1 || n <= 1), "b must be [k, n]");
-  for (const auto& t : {sums, out}) {
-    STD_TORCH_CHECK(!t || (t->dim() == 2 && t->is_cpu() && t->is_contiguous() && t->size(0) == m &&
-                           t->size(1) == n),
-                    "the result must be [m, n]");
-  }
-  STD_TORCH_CHECK(!sums || sums->scalar_type() == ScalarType::Float, "sums must be fp32");
-  STD_TORCH_CHECK(!out || out->scalar_type() == a.scalar_type(), "out must be like a");
-  STD_TORCH_CHECK(k > 0 && (sums || (out && !add && k <= kernels.depth(dtype))), "sums missing");
+  STD_TORCH_CHECK(k > 0 && b.size(0) == k && (b.stride(1) == 1 || n <= 1), "b must be [k, n]");
+  STD_TORCH_CHECK(sums.is_contiguous() && sums.size(0) == m && sums.size(1) == n,
+                  "sums must be [m, n]");
 
   const int64_t panels = (m + kernels.panel - 1) / kernels.panel;
   const int64_t tiles = (n + kernels.tile - 1) / kernels.tile;
@@ -59,8 +51,7 @@ void column_product(const Tensor& a, const Tensor& b, std::optional<Tensor> sums
   const int64_t width = (tiles + blocks - 1) / blocks * kernels.tile;
   const ColumnProduct args{a.const_data_ptr(),
                            b.const_data_ptr(),
-                           sums ? static_cast<float*>(sums->mutable_data_ptr()) : nullptr,
-                           out ? out->mutable_data_ptr() : nullptr,
+                           static_cast<float*>(sums.mutable_data_ptr()),
                            m,
                            n,
                            k,
@@ -69,7 +60,7 @@ void column_product(const Tensor& a, const Tensor& b, std::optional<Tensor> sums
                            b.stride(0),
                            width,
                            add,
-                           dtype};
+                           dtype_of(a)};
   const int64_t items = n == 0 ? 0 : panels * ((n + width - 1) / width);
   parallel_rows(items, kernels.panel * width * k / 4, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(kernels.scratch(width))]);

@@ -83,6 +83,6 @@ def next_token_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
         head: [V, H].
         labels: [B, T] token numbers; -100 for tokens without loss.
     """
-    # the labels are shifted, not the logits: that would copy the largest tensor of the step
+    # the labels are shifted, not the hidden states; the logits never exist all at once
     target = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return ops.cross_entropy(ops.linear(hidden, head), target)
+    return ops.linear_cross_entropy(hidden, head, target)

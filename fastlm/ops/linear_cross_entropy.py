@@ -8,6 +8,7 @@ So the gradients come with the loss, and the backward pass only scales them.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,6 @@ _OP = "linear_cross_entropy"
 # A chunk's logits, and its rows. Each chunk reads the weights twice and their gradient once, which
 # wants many rows; its logits should stay near, which wants few.
 _CHUNK_BYTES, _CHUNK_ROWS = 40 << 20, 512
-_DEPTH = 256  # rows whose product needs no sums in memory
 
 register(
     _OP,
@@ -66,13 +66,14 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty((target.numel(),) if reduction == NONE else (), dtype=torch.float32),
-        x.new_empty(x.shape if dx else 0),
-        x.new_empty(weight.shape if dweight else 0),
-        x.new_empty(weight.shape[0] if dbias else 0),
+        x.new_empty(x.shape if dx else 0, dtype=torch.float32),
+        x.new_empty(weight.shape if dweight else 0, dtype=torch.float32),
+        x.new_empty(weight.shape[0] if dbias else 0, dtype=torch.float32),
     )
 
 
-# -> loss, and where wanted the gradients of x, weight and bias: of that number, or of the sum
+# -> loss, and where wanted the gradients of x, weight and bias, of that number or of the sum; fp32,
+# so that the backward pass can scale them before it rounds them
 _forward = define(
     f"{_OP}(Tensor x, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight,"
     " Tensor? token_weight, int ignore_index, float smoothing, float z_loss, float softcap,"
@@ -91,10 +92,10 @@ _logits = define(
     f"{_OP}_logits(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
     lambda x, weight, bias, out: None,
 )
-# a^T b with fp32 sums: added to `sums` where `add`, left there or rounded to `out`
+# sums = a^T b, or += where `add`
 _product = define(
-    f"{_OP}_product(Tensor a, Tensor b, Tensor(a!)? sums, Tensor(b!)? out, bool add) -> ()",
-    lambda a, b, sums, out, add: None,
+    f"{_OP}_product(Tensor a, Tensor b, Tensor(a!) sums, bool add) -> ()",
+    lambda a, b, sums, add: None,
 )
 
 
@@ -107,16 +108,12 @@ class _Chunks:
         most = _CHUNK_BYTES // (classes * rows.element_size())
         number = math.ceil(count / min(max(most, 16), _CHUNK_ROWS))
         self.size = math.ceil(count / max(number, 1) / 16) * 16  # chunks of equal size
-        self.last = (number - 1) * self.size
         # the choice that linear makes for so many rows
         self.own = choose("linear", rows, rows=size_of(rows), transposed=False) == "cpu"
         self.buffer = rows.new_empty(min(self.size, count), classes)
-        new = rows.new_empty if count else rows.new_zeros
+        new = partial(rows.new_empty if count else rows.new_zeros, dtype=torch.float32)
         self.dx = new((count, width) if dx else 0)
         self.dweight = new((classes, width) if dweight else 0)
-        self.sums = self.dweight  # fp32, rounded with the last chunk
-        if dweight and rows.dtype != torch.float32 and (number > 1 or count > _DEPTH):
-            self.sums = rows.new_empty(classes, width, dtype=torch.float32)
         self.dbias = rows.new_zeros(classes if dbias else 0, dtype=torch.float32)
 
     def logits(self, start: int, bias: Tensor | None) -> Tensor:
@@ -133,23 +130,21 @@ class _Chunks:
 
     def add(self, gradient: Tensor, start: int) -> None:
         """Takes the gradient of a chunk's logits on to x, weight and bias."""
+        part, library = slice(start, start + self.size), not self.own
         exact = gradient.dtype == torch.float32
         if self.dx.numel():
-            out = self.dx[start : start + self.size]
-            if not self.own:
-                torch.mm(gradient, self.weight, out=out)
-            elif exact:
-                _product(gradient.t(), self.weight, out, None, False)
+            sums = self.dx[part]
+            if library:
+                sums.copy_(torch.mm(gradient, self.weight))
             else:
-                _product(gradient.t(), self.weight, torch.empty_like(out).float(), out, False)
+                _product(gradient.t(), self.weight, sums, False)
         if self.dweight.numel():
-            rows = self.rows[start : start + self.size]
-            if exact and not self.own:
-                torch.addmm(self.sums, gradient.t(), rows, beta=float(start > 0), out=self.dweight)
+            rows = self.rows[part]
+            if library and exact:
+                beta = float(start > 0)
+                torch.addmm(self.dweight, gradient.t(), rows, beta=beta, out=self.dweight)
             else:  # the library would round every chunk's part to bf16
-                sums = None if self.sums is self.dweight and not exact else self.sums
-                rounded = None if exact or start < self.last else self.dweight
-                _product(gradient, rows, sums, rounded, start > 0)
+                _product(gradient, rows, self.dweight, start > 0)
         if self.dbias.numel():
             self.dbias += gradient.sum(0, dtype=torch.float32)
 
@@ -199,8 +194,8 @@ def _by_chunks(
         loss = loss.new_zeros(target.numel()).index_copy_(0, index, loss)
     made = chunks.dx
     if dx and index is not None:
-        made = x.new_zeros(target.numel(), x.shape[-1]).index_copy_(0, index, made)
-    return loss, made.view(x.shape) if dx else made, chunks.dweight, chunks.dbias.to(x.dtype)
+        made = made.new_zeros(target.numel(), x.shape[-1]).index_copy_(0, index, made)
+    return loss, made.view(x.shape) if dx else made, chunks.dweight, chunks.dbias
 
 
 def _count(target: Tensor, class_weight: Tensor | None, tokens: Tensor | None) -> float:
@@ -222,12 +217,14 @@ class _Reduced(torch.autograd.Function):
         need = ctx.needs_input_grad[:3]
         loss, *gradients = _forward(x, weight, target, bias, *others, *need)
         ctx.save_for_backward(*(g for g, n in zip(gradients, need, strict=True) if n))
+        ctx.dtype = x.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradients = iter(scaled(grad, *ctx.saved_tensors))
-        return *(next(gradients) if n else None for n in ctx.needs_input_grad[:3]), None
+        need = ctx.needs_input_grad[:3]
+        return *(next(gradients).to(ctx.dtype) if n else None for n in need), None
 
 
 class _PerToken(torch.autograd.Function):
@@ -250,7 +247,7 @@ class _PerToken(torch.autograd.Function):
             made: tuple[Tensor, ...] = _forward(x, weight, *args)[1:]
         if torch.is_grad_enabled():
             made = once(ONE, *made)
-        return *(g if n else None for g, n in zip(made, need, strict=True)), None
+        return *(g.to(x.dtype) if n else None for g, n in zip(made, need, strict=True)), None
 
 
 def linear_cross_entropy(
@@ -286,13 +283,12 @@ def linear_cross_entropy(
 
     Never holds all logits. On the CPU in fp32 and bf16 forward and gradients are one pass over
     chunks of rows (see the head of this file); rows with ignore_index are left out from the start,
-    so that masked fine-tuning costs only its answers. Logits are rounded to x's dtype as a linear
-    layer's are; the gradient of weight is summed in fp32 over all chunks and rounded once; where a
-    reduced loss is not the end of the graph (its own gradient is not one) the product with it is
-    rounded again. With reduction "none" a token's gradient is known only in the backward pass,
-    which makes the logits again: exact, at 8/6 of the arithmetic. Elsewhere the chunks are
-    PyTorch's operators, their logits made again in the backward pass. Differentiable once in x,
-    weight and bias on the CPU. Under autocast x, weight and bias are cast to its dtype.
+    so that masked fine-tuning costs only its answers. Logits are rounded to x's dtype, as a linear
+    layer's are; gradients are summed in fp32 over all chunks and rounded once. With reduction
+    "none" a token's gradient is known only in the backward pass, which makes the logits again:
+    exact, at 8/6 of the arithmetic. Elsewhere the chunks are PyTorch's operators, their logits made
+    again in the backward pass. Differentiable once in x, weight and bias on the CPU. Under autocast
+    x, weight and bias are cast to its dtype.
     """
     try:
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):

@@ -66,6 +66,15 @@ def compare(x, weight, bias, target, kw):
     )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of small products, for which forking costs more; threads have their own test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks, the last one shorter, at sizes a test can afford."""
@@ -95,9 +104,7 @@ def test_many_chunks_match_float64(backend, dtype, form, small_chunks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "shape", [(300, 33, 7), (17, 600, 31), (64, 16, 1), (600, 8, 500)], ids=str
-)
+@pytest.mark.parametrize("shape", [(300, 33, 7), (17, 600, 31), (64, 16, 1), (300, 9, 64)], ids=str)
 def test_awkward_shapes_match_float64(dtype, shape):
     x, weight, bias, target = inputs(dtype, *shape)
     compare(x, weight, bias, target, {"z_loss": 0.1, "reduction": "sum"})
