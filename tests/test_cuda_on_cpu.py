@@ -77,7 +77,8 @@ assert _ext.native.cpu_isa() == "emulated CUDA"
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
     for shift, rows, cols in (
-        (0, 9, 2048), (0, 3, 6000), (0, 2, 12288), (0, 2, 40000), (0, 300, 24), (1, 6, 2048)
+        (0, 9, 2048), (0, 3, 6000), (0, 2, 12288), (0, 2, 40000), (0, 300, 24), (1, 6, 2048),
+        (1, 1, 2048), (1, 1, 6001), (1, 2, 12288)
     ):
         x, r = torch.randn(rows, cols, dtype=dtype), torch.randn(rows, cols, dtype=dtype)
         check(

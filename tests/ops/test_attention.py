@@ -73,6 +73,9 @@ def agrees(inputs, options, theirs=baseline):
 
 # batch, heads of q, heads of k, Tq, Tk, D, Dv
 SHAPES = {
+    "one": ((1, 1, 1, 1, 1, 1, 1), {"causal": True}),
+    "three": ((1, 1, 1, 1, 3, 4, 4), {"causal": True}),
+    "ragged": ((1, 2, 1, 3, 5, 9, 7), {}),
     "small": ((1, 4, 4, 16, 16, 32, 32), {"causal": True}),
     "one_query": ((4, 12, 4, 1, 190, 64, 64), {"causal": True}),
     "full": ((2, 3, 3, 70, 70, 64, 64), {}),
@@ -140,12 +143,12 @@ def options_pytorch_lacks(option):
     if option in ("softcap", "all"):
         options["softcap"] = 2.0
     if option in ("alibi", "all"):
-        options["alibi_slopes"] = 2.0 ** -torch.arange(1.0, 13.0)
+        options["alibi_slopes"] = 2.0 ** -torch.arange(1.0, 5.0)
     if option == "alibi_per_sequence":
-        options["alibi_slopes"] = torch.rand(2, 12)
+        options["alibi_slopes"] = torch.rand(2, 4)
     if option == "lse":
         options["return_lse"] = True
-    return options, [torch.randn(12)] if option in ("sinks", "all") else []
+    return options, [torch.randn(4)] if option in ("sinks", "all") else []
 
 
 OPTIONS = ["softcap", "alibi", "alibi_per_sequence", "sinks", "lse", "all"]
@@ -158,7 +161,7 @@ def with_sinks(f):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_reference_has_the_options_pytorch_lacks(option):
     options, sinks = options_pytorch_lacks(option)
-    inputs = [heads(2, 12, 70, 32), heads(2, 4, 90, 32), heads(2, 4, 90, 32), *sinks]
+    inputs = [heads(2, 4, 70, 32), heads(2, 2, 90, 32), heads(2, 2, 90, 32), *sinks]
     leaves = [x.double().requires_grad_() for x in inputs]
     ours = with_sinks(reference.attention)(*leaves, **options)
     theirs = with_sinks(in_steps)(*leaves, **options)
@@ -186,18 +189,17 @@ def with_bias(q, k, v, *, causal, alibi_slopes=None, sinks=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_pytorch_lacks(dtype, option):
-    """Soft-cap against the same in PyTorch operations, for which the budget is three times."""
+    """Soft-cap and lse against the same in PyTorch operations, which its attention lacks."""
     options, sinks = options_pytorch_lacks(option)
     if sinks:
         options["sinks"] = sinks[0]
     in_operations = "softcap" in options or "return_lse" in options
-    inputs = [heads(2, 12, 70, 32), heads(2, 4, 90, 32), heads(2, 4, 90, 32)]
+    inputs = [heads(2, 4, 70, 32), heads(2, 2, 90, 32), heads(2, 2, 90, 32)]
     with ops.use_backend("cpu"):
         matches(
             [x.to(dtype) for x in inputs],
             options,
             lambda *x: (in_steps if in_operations else with_bias)(*x, **options),
-            factor=3.0 if "softcap" in options else 2.0,
         )
 
 

@@ -13,9 +13,12 @@ from fastlm.ops import _product
 from fastlm.ops.activation import KINDS
 from fastlm.testing import check
 
-# x's leading dimensions, width, hidden width, width of the result; wide enough that the largest
-# errors, which are compared, are more than luck
+# x's leading dimensions, width, hidden width, width of the result
 SHAPES = [
+    ((1,), 1, 1, 1),
+    ((1,), 3, 5, 2),
+    ((2, 3), 24, 50, 17),
+    ((7,), 33, 97, 31),
     ((1,), 333, 490, 471),
     ((3,), 240, 706, 331),
     ((2, 8), 165, 1000, 640),
