@@ -95,7 +95,7 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
     ):
         replaced = _one_of_each(model)
         with suspended(model):
-            exact_model = _exact_copy(model)
+            exact_model = exact_copy(model)
             with _recorded(model, replaced) as calls:
                 theirs = _run(model, first, names)
         _pool(pooled, model, exact_model, theirs, first, names)
@@ -112,7 +112,7 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
     return Report(errors)
 
 
-def _exact_copy(model: nn.Module) -> nn.Module:
+def exact_copy(model: nn.Module) -> nn.Module:
     """The model in float64. Its experts, if any, run one by one: grouped_mm knows no float64."""
     made = copy.deepcopy(model).double()
     for module in made.modules():

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, tiny, token_numbers
+from tiny_models import FAMILIES, as_accurate, exactly, tiny, token_numbers
 from torch import nn
 
 import fastlm
 from fastlm.hf.patch import STEMS, suspended
 from fastlm.ops import _registry
-from fastlm.testing import error
+from fastlm.testing import Pool
 
 IDS = token_numbers()
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def logits(model, ids=IDS, **kw):
@@ -28,19 +28,18 @@ def logits(model, ids=IDS, **kw):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_stay_within_the_rule(name, dtype):
     model = tiny(name, dtype)
-    theirs, exact = logits(model), logits(copy.deepcopy(model).double())
+    theirs, exact = logits(model), exactly(logits, model)
     with fastlm.patch(model, strict=True):
-        ours = logits(model)
-    assert error("logits", ours, theirs, exact).ok
+        as_accurate(logits(model), theirs, exact)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "phi3", "gemma", "glm"])
 def test_other_families_come_for_free(name):
     """Norms of q and k, gate and up in one matrix, 1 + weight, interleaved rotation."""
     model = tiny(name, head_dim=8)
-    expected = logits(model)
+    expected, exact = logits(model), exactly(logits, model)
     with fastlm.patch(model, strict=True), _registry.recording() as verdicts:
-        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
+        as_accurate(logits(model), expected, exact)
     stems = {v.stem for v in verdicts}
     assert stems >= {"attention", "feed_forward", "linear", "rms_norm", "rope"}
 
@@ -89,10 +88,11 @@ def test_padding_is_honoured(name, side):
         mask = mask.flip(1)
     keep = mask.bool()
     expected = logits(model, attention_mask=mask)[keep]
+    exact = exactly(logits, model, attention_mask=mask)[keep]
     unmasked = logits(model)[keep]
     with fastlm.patch(model):
         made = logits(model, attention_mask=mask)[keep]
-    torch.testing.assert_close(made, expected, **CLOSE)
+    as_accurate(made, expected, exact)
     assert side == "right" or (unmasked - expected).abs().max() > 1e-2
 
 
@@ -117,8 +117,9 @@ def test_generate_gives_the_same_tokens(name, cache):
 def test_a_sliding_window_is_honoured():
     model = tiny("mistral", sliding_window=4)
     expected, tokens = logits(model), model.generate(IDS, max_new_tokens=8, do_sample=False)
+    exact = exactly(logits, model)
     with fastlm.patch(model, strict=True):
-        torch.testing.assert_close(logits(model), expected, **CLOSE)
+        as_accurate(logits(model), expected, exact)
         assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), tokens)
     assert (logits(tiny("mistral", sliding_window=None)) - expected).abs().max() > 1e-2
 
@@ -127,14 +128,14 @@ def test_packed_sequences_do_not_see_each_other():
     model = tiny()
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     options = {"position_ids": positions, "use_cache": False}
-    expected = logits(model, IDS[:1], **options)
+    expected, exact = (f(model, IDS[:1], **options) for f in (logits, partial(exactly, logits)))
     with fastlm.patch(model):
-        torch.testing.assert_close(logits(model, IDS[:1], **options), expected, **CLOSE)
+        as_accurate(logits(model, IDS[:1], **options), expected, exact)
 
 
-def training_gradients(model, **kw):
+def training_gradients(model, ids=IDS):
     model.train().zero_grad()
-    model(IDS, labels=IDS, use_cache=False, **kw).loss.backward()
+    model(ids, labels=ids, use_cache=False).loss.backward()
     made = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     return made
@@ -145,14 +146,17 @@ def training_gradients(model, **kw):
 def test_training_step_gradients(name, checkpointing):
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if name == "gpt2" else {}
     model = tiny(name, **dropout)
+    plain = copy.deepcopy(model)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    theirs, exact = training_gradients(model), training_gradients(copy.deepcopy(model).double())
+    pool = Pool()
+    draws = [token_numbers(seed=seed) for seed in range(16)]
+    others = [(training_gradients(model, x), exactly(training_gradients, plain, x)) for x in draws]
     with fastlm.patch(model):
-        ours = training_gradients(model)
-    assert ours.keys() == exact.keys()
-    every = [torch.cat([g.flatten() for g in run.values()]) for run in (ours, theirs, exact)]
-    assert (e := error("gradients", *every)).ok, str(e)
+        for ids, (theirs, exact) in zip(draws, others, strict=True):
+            pool.add(training_gradients(model, ids), theirs, exact)
+    bad = [str(e) for e in pool.errors() if not e.ok]
+    assert not bad, "\n".join(bad)
 
 
 def test_the_loss_counts_items_as_transformers_does():
@@ -170,7 +174,7 @@ def test_autocast():
         with fastlm.patch(model):
             ours = logits(model)
     assert ours.dtype == theirs.dtype
-    assert error("logits", ours, theirs, logits(copy.deepcopy(model).double())).ok
+    as_accurate(ours, theirs, exactly(logits, model))
 
 
 def test_attention_dropout_is_left_to_pytorch_in_training():
@@ -187,8 +191,8 @@ def test_moving_and_loading_weights_keep_working():
         model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
         model.to(torch.bfloat16)
         with suspended(model):
-            theirs, exact = logits(model), logits(copy.deepcopy(model).double())
-        assert error("logits", logits(model), theirs, exact).ok
+            theirs, exact = logits(model), exactly(logits, model)
+        as_accurate(logits(model), theirs, exact)
 
 
 def test_hooks_still_fire():
@@ -197,11 +201,11 @@ def test_hooks_still_fire():
     layer = model.model.layers[0]
     for module in (layer, layer.mlp, layer.mlp.up_proj, layer.post_attention_layernorm):
         module.register_forward_hook(lambda m, a, out: seen.append(type(m).__name__))
-    expected = logits(model)
+    logits(model)
     theirs = list(seen)
     seen.clear()
     with fastlm.patch(model):
-        torch.testing.assert_close(logits(model), expected, **CLOSE)
+        logits(model)
     assert seen == theirs
 
 
@@ -224,8 +228,7 @@ def test_a_linear_map_wrapped_later_is_called():
             layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
         made = logits(model)
         with suspended(model):
-            expected = logits(model)
-    torch.testing.assert_close(made, expected, **CLOSE)
+            as_accurate(made, logits(model), exactly(logits, model))
     assert (made - before).abs().max() > 1e-2
 
 
@@ -239,20 +242,33 @@ def test_nothing_is_replaced_where_there_are_no_kernels(monkeypatch):
 
 def test_hidden_states_are_recorded():
     model = tiny()
-    expected = model(IDS, output_hidden_states=True).hidden_states
+
+    def states(model):
+        with torch.no_grad():
+            return model(IDS, output_hidden_states=True).hidden_states
+
+    expected, exact = states(model), exactly(states, model)
     with fastlm.patch(model):
-        made = model(IDS, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(made, expected, **CLOSE)
+        made = states(model)
+    assert torch.equal(made[0], expected[0])
+    for three in list(zip(made, expected, exact, strict=True))[1:]:
+        as_accurate(*three)
 
 
 def test_eager_attention_keeps_its_weights_for_those_who_ask():
     model = tiny(attn_implementation="eager")
-    expected, plain = model(IDS, output_attentions=True), logits(model)
+
+    def run(model):
+        with torch.no_grad():
+            return model(IDS, output_attentions=True)
+
+    expected, plain, exact = run(model), logits(model), exactly(run, model)
     with fastlm.patch(model, strict=True) as p:
         assert "attention" in p.report()
-        made = model(IDS, output_attentions=True)
-        torch.testing.assert_close(made.attentions, expected.attentions, **CLOSE)
-        torch.testing.assert_close(logits(model), plain, **CLOSE)
+        made = run(model)
+        for three in zip(made.attentions, expected.attentions, exact.attentions, strict=True):
+            as_accurate(*three)
+        as_accurate(logits(model), plain, exact.logits)
         model.train()
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.5
@@ -270,9 +286,9 @@ def test_softcap_sinks_and_windows_of_eager_models_run_in_the_kernel():
         tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
         made = config(**sizes, **heads, **tokens, **options, attn_implementation="eager")
         model = transformers.AutoModelForCausalLM.from_config(made).eval()
-        expected = logits(model)
+        expected, exact = logits(model), exactly(logits, model)
         with fastlm.patch(model), _registry.recording() as verdicts:
-            torch.testing.assert_close(logits(model), expected, **CLOSE)
+            as_accurate(logits(model), expected, exact)
         options = {o for v in verdicts if v.stem == "attention" for o in v.facts["options"]}
         assert options & {"softcap", "sinks"}
 
@@ -296,11 +312,11 @@ def test_a_norm_with_a_gate_is_left_alone():
 
 def test_fullgraph_compile_forward_and_backward():
     model = tiny()
-    expected = training_gradients(model)
+    theirs, exact = training_gradients(model), exactly(training_gradients, model)
     with fastlm.patch(model):
         made = training_gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
-    for name, value in expected.items():
-        torch.testing.assert_close(made[f"_orig_mod.{name}"], value, rtol=1e-3, atol=1e-5)
+    for name, value in theirs.items():
+        as_accurate(made[f"_orig_mod.{name}"], value, exact[name])
 
 
 def test_a_subset_of_the_operators():
@@ -316,10 +332,10 @@ def test_a_subset_of_the_operators():
 @pytest.mark.parametrize("stem", STEMS)
 def test_each_operator_alone(stem):
     model = tiny("gpt2" if stem == "layer_norm" else "llama")
-    expected = logits(model)
+    expected, exact = logits(model), exactly(logits, model)
     with fastlm.patch(model, ops=[stem], strict=True), _registry.recording() as verdicts:
         made = logits(model, labels=IDS)
-    torch.testing.assert_close(made, expected, **CLOSE)
+    as_accurate(made, expected, exact)
     assert stem == "activation" or stem in {v.stem for v in verdicts}
 
 

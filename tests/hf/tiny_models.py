@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastlm.hf import unpatch
+from fastlm.hf._float64 import float64
+from fastlm.hf.verify import exact_copy
+from fastlm.testing import error
+
 transformers = pytest.importorskip("transformers")
 
 FAMILIES = ["llama", "gpt2", "mistral", "qwen2"]
@@ -38,6 +43,20 @@ def tiny(name: str = "llama", dtype: torch.dtype = torch.float32, **options):
     return model.to(dtype).eval()
 
 
-def token_numbers(rows: int = 2, tokens: int = 12) -> torch.Tensor:
+def token_numbers(rows: int = 2, tokens: int = 12, seed: int = 3) -> torch.Tensor:
     """Rows of token numbers, none of them special."""
-    return torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(3))
+    return torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def exactly(run, model, *args, **kw):
+    """run(model, ...) with the model in float64: the oracle."""
+    twin = exact_copy(model)
+    unpatch(twin)
+    with float64():
+        return run(twin, *args, **kw)
+
+
+def as_accurate(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
+    """Asserts the rule of fastlm.testing."""
+    found = error("result", ours, theirs, exact)
+    assert found.ok, str(found)
