@@ -1,7 +1,7 @@
 // The vector vocabulary every CPU kernel is written in, in three spellings.
 //
 //   VecF                 kLanes floats; + - * / work on it
-//   load(p), load(p, n)  from float, bf16 or fp16; the second reads n < kLanes lanes, rest 0
+//   load(p), load(p, n)  from float, bf16, fp16 or int8; the second reads n < kLanes lanes, rest 0
 //   store(p, v[, n])     to float, bf16 or fp16, rounding to nearest even
 //   store_two(p, a, b)   2 kLanes bf16 values
 //   stream(p, v)         store past the caches, p aligned to the vector; stream_end() after the

@@ -35,6 +35,15 @@ inline VecF load(const fp16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline VecF load(const fp16* p, int n) { return _mm256_cvtph_ps(load_halves(p, n)); }
+inline VecF load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline VecF load(const int8_t* p, int n) {
+  alignas(8) int8_t buffer[8] = {};
+  memcpy(buffer, p, static_cast<size_t>(n));
+  return load(buffer);
+}
 
 inline __m128i narrow(VecF v) {
   const __m256i bits = _mm256_castps_si256(v);

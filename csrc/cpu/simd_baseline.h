@@ -24,6 +24,10 @@ inline VecF load(const bf16* p) {
 inline VecF load(const fp16* p) {
   return VecF{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 }
+inline VecF load(const int8_t* p) {
+  return VecF{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+              static_cast<float>(p[3])};
+}
 template <class T>
 inline VecF load(const T* p, int n) {
   T buffer[kLanes] = {};

@@ -10,6 +10,18 @@ namespace fastlm {
 // A task is a piece of one key-value head of one sequence. The tasks of sequence b are
 // first_task[b] ... first_task[b + 1]; all its heads are cut alike, into
 // (first_task[b + 1] - first_task[b]) / kv_heads pieces of its keys from first_key[b] on.
+struct Scales {  // one number for each token and key-value head, or null
+  const void* data;
+  int64_t batch, head, row;
+  DType dtype;
+};
+
+struct DecodeMask {
+  const void* data;  // null: no mask
+  int64_t batch, head, row, key;
+  bool added;  // fp32 to be added, else bytes: 0 hides
+};
+
 struct DecodeAttentionArgs {
   const void* q;  // [batch, heads, queries, head_dim], strides in elements, the last one 1
   const void* k;  // [batch, kv_heads, keys, head_dim]
@@ -29,7 +41,20 @@ struct DecodeAttentionArgs {
   // [tasks, heads / kv_heads * queries, value_dim + 2]: unscaled sum, maximum and sum of weights
   // of each task of a sequence in several pieces; null where no sequence is.
   float* partial;
-  DType dtype;
+  DType dtype;    // of q, out and, where there are no scales, of the cache
+  float softcap;  // 0: none
+
+  // Paged cache: k and v are [pages, kv_heads, page_size, dim], k_batch and v_batch are between
+  // pages, and the pages of sequence b are table[b * table_row ...]. page_size 0: not paged.
+  const int64_t* table;
+  int64_t table_row, page_size;
+
+  // An int8 cache: element times its token's scale. Strides like those of k and v, whose element
+  // type is int8 where k_scale is given.
+  Scales k_scale, v_scale;
+
+  // [batch, heads, queries, keys] by strides; 0 for broadcast dimensions.
+  DecodeMask mask;
 };
 
 constexpr int64_t kDecodeMaxHead = 256;   // largest head_dim and value_dim

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, needs_grad
+from fastlm.ops._library import define, direct, needs_grad
 from fastlm.ops._registry import Backend, choose, native, register
 from fastlm.ops.linear import autocast
 
-_NATIVE = native(torch.float32, torch.bfloat16)
+_NATIVE = native(torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD = 256
 
 
-def _cpu_unsupported(
-    dtype: torch.dtype, *, head: int, grad: bool, paged: bool, softcap: bool
-) -> list[str]:
+def _cpu_unsupported(dtype: torch.dtype, *, head: int, grad: bool) -> list[str]:
     reasons = _NATIVE(dtype)
     if head > _MAX_HEAD:
         reasons.append(f"takes heads of at most {_MAX_HEAD} elements, not {head}")
     if grad:
         reasons.append("has no gradient")
-    if paged:
-        reasons.append("has no paged cache (block_table)")
-    if softcap:
-        reasons.append("has no softcap")
     return reasons
 
 
@@ -43,6 +40,7 @@ def _decode_fake(
     window: int,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    *rest: object,
 ) -> Tensor:
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         _checks.same_device("decode_attention", name, x, q)
@@ -52,9 +50,11 @@ def _decode_fake(
 
 _decode = define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? lengths, SymInt length,"
-    " float scale, int window, Tensor? alibi_slopes, Tensor? sinks) -> Tensor",
+    " float scale, int window, Tensor? alibi_slopes, Tensor? sinks, float softcap,"
+    " Tensor? block_table, Tensor? mask, Tensor? k_scale, Tensor? v_scale) -> Tensor",
     _decode_fake,
 )
+_decode_direct = direct(_decode)
 
 
 def decode_attention(
@@ -69,6 +69,9 @@ def decode_attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """out[b,h,i] = sum_j p_j v[b,g,j], p = softmax_j(scale q[b,h,i] . k[b,g,j]), g = h Hkv / Hq.
 
@@ -79,7 +82,8 @@ def decode_attention(
     Args:
         q: [B, Hq, Tq, D], any strides; fp32, bf16, fp16 or fp64.
         k_cache: [B, Hkv, S, D] of q's dtype, any strides, Hq a multiple of Hkv; or pages
-            [blocks, Hkv, block_size, D]. Rows beyond a sequence's length are never used.
+            [blocks, Hkv, block_size, D]. Rows beyond a sequence's length are never used. int8
+            where k_scale and v_scale are given.
         v_cache: like k_cache, last dimension Dv.
         lengths: int32 or int64 [B], or one int for all; 0 <= lengths <= S.
         block_table: int32 or int64 [B, n]: the pages of each sequence in order; entries beyond
@@ -89,6 +93,11 @@ def decode_attention(
         softcap: scores become softcap * tanh(scores / softcap).
         alibi_slopes: [Hq] or [B, Hq]; slope * (j - p_i) is added to the scores.
         sinks: [Hq], the logit of one more key whose value is zero.
+        mask: broadcastable to [B, Hq, Tq, S]; bool (True: seen) or floating (added), besides what
+            lengths and window say.
+        k_scale: of an int8 cache: fp32 or fp16 [B, Hkv, S] (pages: [blocks, Hkv, block_size]);
+            a key is its int8 elements times its scale. Given with v_scale.
+        v_scale: the same for the values.
 
     Returns:
         [B, Hq, Tq, Dv] of q's dtype, a view of a [B, Tq, Hq, Dv] tensor where a kernel made it.
@@ -97,9 +106,10 @@ def decode_attention(
         ValueError: a shape, dtype, device or length that does not fit.
         TypeError: an argument of the wrong kind.
 
-    Scores and sums are fp32; for bf16 the weights are rounded to bf16 before they meet v. The same
-    input gives the same bits for any number of threads, and a sequence the same bits alone as in a
-    batch. Differentiable through the reference.
+    Scores and sums are fp32; for bf16 the weights are rounded to bf16 before they meet v, fp16 and
+    int8 elements are widened to fp32. Pages give the bits of a contiguous cache. The same input
+    gives the same bits for any number of threads, and a sequence the same bits alone as in a batch.
+    Differentiable through the reference.
     Source: Dao et al., "Flash-Decoding for long-context inference", 2023; arXiv:2205.14135.
 
     >>> q, k = torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 8, 4)
@@ -107,18 +117,14 @@ def decode_attention(
     tensor([[1., 1., 1., 1.]])
     """
     given = q, k_cache, v_cache, lengths, block_table, window, softcap, alibi_slopes, sinks
+    given += (mask, k_scale, v_scale)
     try:
         if torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type):
             q, k_cache, v_cache = autocast(q, k_cache, v_cache)
         size = q.shape[-1]
-        backend = choose(
-            "decode_attention",
-            q,
-            head=max(size, v_cache.shape[-1]),
-            grad=needs_grad(q, k_cache, v_cache, alibi_slopes, sinks),
-            paged=block_table is not None,
-            softcap=softcap is not None,
-        )
+        grad = needs_grad(q, k_cache, v_cache, alibi_slopes, sinks, mask, k_scale, v_scale)
+        head = max(size, v_cache.shape[-1])
+        backend = choose("decode_attention", q, head=head, grad=grad)
         if scale is None:
             scale = size**-0.5
         if backend == "cpu":  # the binding checks the arguments, for calls of a few microseconds
@@ -126,7 +132,12 @@ def decode_attention(
             slopes = None if alibi_slopes is None else alibi_slopes.float()
             logits = None if sinks is None else sinks.float()
             nearest = 0 if window is None else window or -1
-            return _decode(q, k_cache, v_cache, many, one, scale, nearest, slopes, logits)
+            cap = 0.0 if softcap is None else softcap if softcap > 0 else math.nan
+            if mask is not None and mask.is_floating_point():
+                mask = mask.float()
+            more = (slopes, logits, cap, block_table, mask, k_scale, v_scale)
+            run = _decode if is_dynamo_compiling() else _decode_direct
+            return run(q, k_cache, v_cache, many, one, scale, nearest, *more)
     except Exception:
         _check(*given)  # names the argument at fault
         raise
@@ -142,6 +153,9 @@ def decode_attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        mask=mask,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
@@ -155,12 +169,27 @@ def _check(
     softcap: float | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    mask: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
     op = "decode_attention"
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _checks.floating(op, name, x)
+    _checks.floating(op, "q", q)
+    _checks.rank(op, "q", q, 4)
+    for name, x, scales in (("k_cache", k_cache, k_scale), ("v_cache", v_cache, v_scale)):
+        _checks.tensor(op, name, x)
+        if k_scale is None and v_scale is None:
+            _checks.floating(op, name, x)
+            _checks.same_dtype(op, name, x, q)
+        elif x.dtype != torch.int8:
+            raise _checks.fail(op, name, "torch.int8 with scales", x.dtype)
+        else:
+            _checks.floating(op, f"{name[0]}_scale", scales)
+            if scales.dtype == torch.bfloat16:
+                raise _checks.fail(op, f"{name[0]}_scale", "float32 or float16", scales.dtype)
+            _checks.shape(op, f"{name[0]}_scale", scales, x.shape[:3])
+            _checks.same_device(op, f"{name[0]}_scale", scales, q)
         _checks.rank(op, name, x, 4)
-        _checks.same_dtype(op, name, x, q)
         _checks.same_device(op, name, x, q)
     batch, heads, _, size = q.shape
     kv_heads, keys = k_cache.shape[1:3]
@@ -178,6 +207,9 @@ def _check(
         _checks.rank(op, "block_table", block_table, 2)
         _checks.shape(op, "block_table", block_table, (batch, block_table.shape[1]))
         keys *= block_table.shape[1]
+        known = block_table.is_cpu and not torch.compiler.is_compiling() and block_table.numel()
+        if known and (largest := int(block_table.max())) >= rows:
+            raise _checks.fail(op, "block_table", f"of pages below {rows}", largest)
     if isinstance(lengths, Tensor):
         _integers(op, "lengths", lengths, q)
         _checks.shape(op, "lengths", lengths, (batch,))
@@ -202,6 +234,15 @@ def _check(
         _checks.floating(op, "sinks", sinks)
         _checks.shape(op, "sinks", sinks, (heads,))
         _checks.same_device(op, "sinks", sinks, q)
+    if mask is not None:
+        _checks.tensor(op, "mask", mask)
+        if mask.dtype != torch.bool and mask.dtype not in _checks.FLOATS:
+            raise TypeError(f"{op}: mask must be bool or floating-point, got {mask.dtype}")
+        _checks.same_device(op, "mask", mask, q)
+        full = (*q.shape[:3], keys)
+        pairs = zip(reversed(mask.shape), reversed(full), strict=False)
+        if mask.dim() > 4 or any(n not in (1, m) for n, m in pairs):
+            raise _checks.fail(op, "mask", f"broadcastable to {list(full)}", list(mask.shape))
 
 
 def _integers(op: str, argument: str, value: Tensor, like: Tensor) -> None:

@@ -18,16 +18,22 @@ def decode_attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v over the first lengths[b] keys, query i at lengths[b] - Tq + i.
 
     Computed one precision up: half precision in fp32, fp32 in fp64.
     """
+    wide = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
+    if k_scale is not None and v_scale is not None:
+        k_cache = k_cache.to(wide) * k_scale.to(wide).unsqueeze(-1)
+        v_cache = v_cache.to(wide) * v_scale.to(wide).unsqueeze(-1)
     if block_table is not None:
         k_cache, v_cache = (_gather(cache, block_table) for cache in (k_cache, v_cache))
     batch, heads, queries, size = q.shape
     kv_heads, keys = k_cache.shape[1:3]
-    wide = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
     if not isinstance(lengths, Tensor):
         lengths = torch.full((batch,), lengths, device=q.device)
 
@@ -50,6 +56,10 @@ def decode_attention(
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         scores = scores + alibi_slopes.to(wide)[..., None, None] * ahead[:, None]
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask.to(wide)
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
     if sinks is not None:
         column = sinks.to(wide).view(-1, 1, 1).expand(batch, heads, queries, 1)

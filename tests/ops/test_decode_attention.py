@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastlm import ops, reference
 from fastlm.testing import check
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NATIVE = pytest.mark.skipif(
     "cpu" not in ops.implementations("decode_attention"), reason="no native kernels"
 )
@@ -29,6 +29,7 @@ SHAPES = [
     (2, 2, 1, 1, 12, 8, 8),
     (3, 4, 2, 2, 17, 9, 5),
 ]
+NOTHING = (0.0, None, None, None, None)  # no softcap, pages, mask or scales
 
 
 def baseline(q, k, v, lengths, window=None):
@@ -125,22 +126,95 @@ def test_slopes_of_each_sequence():
         assert torch.equal(one[0], got[b])
 
 
-@pytest.mark.parametrize("queries", [1, 3])
-def test_paged_cache_equals_contiguous(queries):
-    table = torch.tensor([[4, 1, -1], [0, 5, 2]], dtype=torch.int32)
-    lengths = torch.tensor([11, 20])
-    q = torch.randn(2, 4, queries, 16)
-    pages_k, pages_v = torch.randn(2, 6, 2, 8, 16)
-    pages_k[3] = pages_v[3] = torch.nan  # nobody's page
-    k, v = torch.zeros(2, 2, 2, 24, 16)
-    for b, pages in enumerate(table.tolist()):
-        for i, page in enumerate(pages):
+def paged(cache, size, table):
+    """A contiguous cache [B, H, S, D] cut into the pages that the table names."""
+    pages = torch.full((int(table.max()) + 2, cache.shape[1], size, *cache.shape[3:]), 99).to(cache)
+    if cache.is_floating_point():
+        pages[:] = torch.nan  # nobody's page
+    for b, names in enumerate(table.tolist()):
+        for i, page in enumerate(names):
             if page >= 0:
-                k[b, :, 8 * i : 8 * i + 8] = pages_k[page]
-                v[b, :, 8 * i : 8 * i + 8] = pages_v[page]
-    got = ops.decode_attention(q, pages_k, pages_v, lengths, block_table=table)
-    expected = reference.decode_attention(q, k, v, lengths)
-    torch.testing.assert_close(got, expected)
+                pages[page] = cache[b, :, size * i : size * (i + 1)]
+    return pages
+
+
+@pytest.mark.parametrize("backend", ops.implementations("decode_attention"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size, index", [(8, torch.int32), (7, torch.int64), (64, torch.int32)])
+@pytest.mark.parametrize("queries, window", [(1, None), (3, 30)])
+def test_paged_cache_gives_the_bits_of_a_contiguous_one(
+    backend, dtype, size, index, queries, window
+):
+    pages = -(-300 // size)
+    q, k, v = inputs((2, 4, 2, queries, pages * size, 16, 24), dtype)
+    lengths = torch.tensor([300, 41])
+    table = torch.randperm(2 * pages).view(2, pages).to(index)
+    table[1, -(-41 // size) :] = -1
+    with ops.use_backend(backend):
+        expected = ops.decode_attention(q, k, v, lengths, window=window)
+        caches = (paged(k, size, table), paged(v, size, table))
+        got = ops.decode_attention(q, *caches, lengths, block_table=table, window=window)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", ops.implementations("decode_attention"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["padding", "per_head", "rows", "added", "added_bf16"])
+def test_masks(backend, dtype, kind):
+    shape = (3, 6, 2, 4, 300, 64, 64)
+    batch, heads, _, queries, keys = shape[:5]
+    mask = {
+        "padding": torch.arange(keys) >= torch.tensor([0, 40, 290])[:, None, None, None],
+        "per_head": torch.rand(batch, heads, 1, keys) > 0.3,
+        "rows": torch.rand(queries, keys) > 0.3,
+        "added": torch.randn(heads, queries, keys).masked_fill(torch.rand(keys) > 0.9, -torch.inf),
+        "added_bf16": torch.randn(1, 1, 1, keys).bfloat16(),
+    }[kind]
+
+    def theirs(q, k, v):
+        causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        if mask.dtype == torch.bool:
+            both = mask & causal
+        else:
+            both = mask.to(q.dtype).expand(batch, heads, queries, keys)
+            both = both.masked_fill(~causal, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=both, enable_gqa=True)
+
+    with ops.use_backend(backend):
+        check(
+            lambda *x: ops.decode_attention(*x, keys, mask=mask),
+            theirs,
+            lambda *x: reference.decode_attention(*x, keys, mask=mask),
+            inputs(shape, dtype),
+            gradients=False,
+        )
+
+
+@pytest.mark.parametrize("backend", ops.implementations("decode_attention"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [None, 24])
+def test_int8_cache(backend, dtype, scale_dtype, size):
+    """Against the cache it stands for, in the dtype of the queries and in float64."""
+    q = inputs((2, 6, 2, 3, 240, 80, 40), dtype)[0]
+    k, v = (torch.randint(-127, 128, (2, 2, 240, d), dtype=torch.int8) for d in (80, 40))
+    k_scale, v_scale = ((torch.rand(2, 2, 240) / 64).to(scale_dtype) for _ in "kv")
+    lengths, caches, table = torch.tensor([240, 201]), (k, v, k_scale, v_scale), None
+    if size is not None:
+        table = torch.randperm(20).view(2, 10)
+        caches = tuple(paged(x, size, table) for x in caches)
+
+    def theirs(q):
+        wide = [(x * s[..., None].to(q)).to(q) for x, s in ((k, k_scale), (v, v_scale))]
+        return plain(q, *wide, lengths=lengths.tolist())
+
+    def ours(q, f=ops.decode_attention):
+        k, v, *scales = caches
+        scales = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+        return f(q, k, v, lengths, block_table=table, **scales)
+
+    with ops.use_backend(backend):
+        check(ours, theirs, lambda q: ours(q, reference.decode_attention), [q], gradients=False)
 
 
 @pytest.mark.parametrize("backend", ops.implementations("decode_attention"))
@@ -261,29 +335,32 @@ def test_compiled_once_for_all_lengths_and_with_gradients():
 def test_opcheck(queries):
     q, k, v = inputs((2, 4, 2, queries, 30, 16, 8), torch.float32)
     op = torch.ops.fastlm.decode_attention.default
-    torch.library.opcheck(op, (q, k, v, torch.tensor([30, 4]), 0, 0.25, 0, None, None))
-    torch.library.opcheck(op, (q, k, v, None, 9, 0.25, 4, torch.rand(4), torch.rand(4)))
+    torch.library.opcheck(op, (q, k, v, torch.tensor([30, 4]), 0, 0.25, 0, None, None, *NOTHING))
+    some = (2.0, None, torch.rand(30) > 0.3, None, None)
+    torch.library.opcheck(op, (q, k, v, None, 9, 0.25, 4, torch.rand(4), torch.rand(4), *some))
+    table, scales = torch.tensor([[1, 0]]), torch.rand(2, 2, 30)
+    paged = (None, 50, 0.25, 0, None, None, 0.0, table, None, scales, scales)
+    torch.library.opcheck(op, (q[:1], k.char(), v.char(), *paged))
 
 
 @NATIVE
 def test_the_kernel_says_what_it_cannot():
     q, k, v = inputs((1, 2, 1, 1, 8, 8, 8), torch.float32)
     wide = inputs((1, 2, 1, 1, 8, 264, 8), torch.float32)
-    table = torch.zeros(1, 1, dtype=torch.int64)
     with ops.use_backend("cpu"):
         for args, options, text in (
-            ((q, k, v, 8), {"softcap": 2.0}, "has no softcap"),
-            ((q, k, v, 8), {"block_table": table}, "has no paged cache"),
             ((q.clone().requires_grad_(), k, v, 8), {}, "has no gradient"),
             ((*wide, 8), {}, "heads of at most 256 elements, not 264"),
-            ((q.half(), k.half(), v.half(), 8), {}, "takes float32, bfloat16, not float16"),
+            ((q.double(), k.double(), v.double(), 8), {}, "bfloat16, float16, not float64"),
         ):
             with pytest.raises(RuntimeError, match=text):
                 ops.decode_attention(*args, **options)
     assert ops.decode_attention(*wide, 8).shape == (1, 2, 1, 8)
     # a length that only the operator sees must not make it read beyond the cache
     with pytest.raises(RuntimeError, match="lengths must be between 0 and 8"):
-        torch.ops.fastlm.decode_attention.default(q, k, v, None, 9, 1.0, 0, None, None)
+        torch.ops.fastlm.decode_attention.default(q, k, v, None, 9, 1.0, 0, None, None, *NOTHING)
+    with pytest.raises(RuntimeError, match="block_table must name pages 0 to 0, got -1"):
+        ops.decode_attention(q, k, v, 9, block_table=torch.tensor([[0, -1]]))
 
 
 Q = torch.ones(2, 4, 1, 8)
@@ -322,6 +399,32 @@ TABLE = torch.zeros(2, 3, dtype=torch.int64)
         ((Q, K, K, 9), {"block_table": TABLE[:1]}, ValueError, r"block_table must be \[2, 3\]"),
         ((Q, K, K, 9), {"block_table": TABLE / 2}, TypeError, "block_table must be int32 or int64"),
         ((Q, K, K, 28), {"block_table": TABLE}, ValueError, "lengths must be between 0 and 27"),
+        (
+            (Q, K, K, 9),
+            {"block_table": TABLE + 2},
+            ValueError,
+            "block_table must be of pages below 2",
+        ),
+        (
+            (Q, K, K, 9),
+            {"mask": torch.ones(5)},
+            ValueError,
+            r"mask must be broadcastable to \[2, 4",
+        ),
+        ((Q, K, K, 9), {"mask": TABLE}, TypeError, "mask must be bool or floating-point"),
+        ((Q, K, K, 9), {"k_scale": torch.ones(2, 2, 9)}, ValueError, "k_cache must be torch.int8"),
+        (
+            (Q, K.char(), K.char(), 9),
+            {"k_scale": torch.ones(2, 2, 9)},
+            TypeError,
+            "v_scale must be a tensor",
+        ),
+        (
+            (Q, K.char(), K.char(), 9),
+            {"k_scale": torch.ones(2, 2, 8), "v_scale": torch.ones(2, 2, 9)},
+            ValueError,
+            r"k_scale must be \[2, 2, 9\], got \[2, 2, 8\]",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(args, kwargs, error, text):
