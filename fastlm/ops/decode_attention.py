@@ -116,8 +116,8 @@ def decode_attention(
     >>> decode_attention(q, k, torch.ones(1, 1, 8, 4), 5)[0, 0]
     tensor([[1., 1., 1., 1.]])
     """
-    given = q, k_cache, v_cache, lengths, block_table, window, softcap, alibi_slopes, sinks
-    given += (mask, k_scale, v_scale)
+    cache = q, k_cache, v_cache, lengths, block_table
+    given = *cache, window, softcap, alibi_slopes, sinks, mask, k_scale, v_scale
     try:
         if torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type):
             q, k_cache, v_cache = autocast(q, k_cache, v_cache)
@@ -184,11 +184,7 @@ def _check(
         elif x.dtype != torch.int8:
             raise _checks.fail(op, name, "torch.int8 with scales", x.dtype)
         else:
-            _checks.floating(op, f"{name[0]}_scale", scales)
-            if scales.dtype == torch.bfloat16:
-                raise _checks.fail(op, f"{name[0]}_scale", "float32 or float16", scales.dtype)
-            _checks.shape(op, f"{name[0]}_scale", scales, x.shape[:3])
-            _checks.same_device(op, f"{name[0]}_scale", scales, q)
+            _check_scales(f"{name[0]}_scale", scales, x)
         _checks.rank(op, name, x, 4)
         _checks.same_device(op, name, x, q)
     batch, heads, _, size = q.shape
@@ -243,6 +239,17 @@ def _check(
         pairs = zip(reversed(mask.shape), reversed(full), strict=False)
         if mask.dim() > 4 or any(n not in (1, m) for n, m in pairs):
             raise _checks.fail(op, "mask", f"broadcastable to {list(full)}", list(mask.shape))
+
+
+def _check_scales(name: str, scales: Tensor | None, cache: Tensor) -> None:
+    op = "decode_attention"
+    if scales is None:
+        raise _checks.fail(op, name, "given for an int8 cache", None)
+    _checks.floating(op, name, scales)
+    if scales.dtype not in (torch.float32, torch.float16):
+        raise _checks.fail(op, name, "float32 or float16", scales.dtype)
+    _checks.shape(op, name, scales, cache.shape[:3])
+    _checks.same_device(op, name, scales, cache)
 
 
 def _integers(op: str, argument: str, value: Tensor, like: Tensor) -> None:

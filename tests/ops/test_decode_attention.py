@@ -416,8 +416,8 @@ TABLE = torch.zeros(2, 3, dtype=torch.int64)
         (
             (Q, K.char(), K.char(), 9),
             {"k_scale": torch.ones(2, 2, 9)},
-            TypeError,
-            "v_scale must be a tensor",
+            ValueError,
+            "v_scale must be given for an int8 cache, got None",
         ),
         (
             (Q, K.char(), K.char(), 9),
