@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import types
 
@@ -60,6 +61,18 @@ def test_a_wrong_kernel_is_found():
     bad = [e.name for e in report.errors if not e.ok]
     assert "logits" in bad and "model.layers.1.mlp (LlamaMLP)" in bad
     assert "model.layers.0.mlp (LlamaMLP)" not in bad
+
+
+def test_a_wrong_loss_is_found(monkeypatch):
+    made = importlib.import_module("fastlm.hf.patch")
+    good = made.causal_lm_loss
+
+    def wrong(*args, **kw):
+        return good(*args, **kw) * (1 + 1e-6)
+
+    monkeypatch.setattr(made, "causal_lm_loss", wrong)
+    report = fastlm.verify(tiny(), gradients=False)
+    assert [e.name for e in report.errors if not e.ok] == ["loss"], str(report)
 
 
 def test_any_module_with_inputs():
