@@ -13,6 +13,17 @@
 #include "cpu/norm.h"
 #include "cpu/activation_math.h"
 
+// Outputs of an integer weight at a time: pairs of its panels, and sums for all rows of the batch.
+constexpr int64_t kIntegerPanel = 96;
+static_assert(kPlanMaxBatch * kIntegerPanel <= kBlockX * kPanel);
+
+// Rows of sums, `stride` apart.
+struct PanelSums {
+  const float* at;
+  int64_t stride;
+  const float* row(int64_t b) const { return at + b * stride; }
+};
+
 // The sums of `count` rows of an integer weight from row `first`, a panel's beginning.
 inline void quantized_product(const PlanStep& s, const PlanProduct& p, const void* x, int64_t first,
                               int64_t count, Sums* sums) {
@@ -24,7 +35,7 @@ inline void quantized_product(const PlanStep& s, const PlanProduct& p, const voi
   a.scale = static_cast<const fp16*>(p.scale) + steps;
   if (p.minimum != nullptr) a.minimum = static_cast<const fp16*>(p.minimum) + steps;
   a.y = sums->at;
-  a.y_stride = kPanel;
+  a.y_stride = kIntegerPanel;
   a.rows = s.batch;
   a.in = p.in;
   a.out = count;
@@ -35,20 +46,21 @@ inline void quantized_product(const PlanStep& s, const PlanProduct& p, const voi
   s.quantized->forward(a, 0, (count + kQuantizedPanel - 1) / kQuantizedPanel);
 }
 
-// Calls f(first, count) with the sums of weight rows [first, first + count) for all of [begin,
-// end).
+// Calls f(first, count, sums) for weight rows [first, first + count) until all of [begin, end) are
+// done.
 template <class T, class F>
 inline void for_panels(const PlanStep& s, const PlanProduct& p, const void* x, int64_t begin,
                        int64_t end, Sums* sums, F&& f) {
-  for (int64_t n = begin; n < end; n += kPanel) {
-    const int64_t count = min_of<int64_t>(kPanel, end - n);
+  const int64_t panel = p.scale != nullptr ? kIntegerPanel : kPanel;
+  for (int64_t n = begin; n < end; n += panel) {
+    const int64_t count = min_of<int64_t>(panel, end - n);
     if (p.scale != nullptr) {
       quantized_product(s, p, x, n, count, sums);
     } else {
       panel_product(static_cast<const T*>(x), s.batch, static_cast<const T*>(p.w) + n * p.in, p.in,
                     count, p.in, sums, s.near);
     }
-    f(n, count);
+    f(n, count, PanelSums{sums->at, panel});
   }
 }
 
@@ -108,14 +120,16 @@ void project_heads(const PlanStep& s, const PlanLayer& layer, const void* rows, 
   const int64_t size = s.head_dim;
   for (int64_t h = begin; h < end; ++h) {
     const int64_t top = h * size;
-    for_panels<T>(s, layer.qkv, rows, top, top + size, &sums, [&](int64_t first, int64_t count) {
-      for (int64_t b = 0; b < s.batch; ++b) {
-        float* to = heads + b * kPlanMaxHead + first - top;
-        each_vector(count, [&](int64_t i, auto... n) {
-          store(to + i, biased(sums.at + b * kPanel, bias ? bias + first : nullptr, i, n...), n...);
-        });
-      }
-    });
+    for_panels<T>(s, layer.qkv, rows, top, top + size, &sums,
+                  [&](int64_t first, int64_t count, PanelSums done) {
+                    for (int64_t b = 0; b < s.batch; ++b) {
+                      float* to = heads + b * kPlanMaxHead + first - top;
+                      each_vector(count, [&](int64_t i, auto... n) {
+                        store(to + i, biased(done.row(b), bias ? bias + first : nullptr, i, n...),
+                              n...);
+                      });
+                    }
+                  });
     const bool is_q = h < s.heads, is_k = !is_q && h < s.heads + s.kv_heads;
     for (int64_t b = 0; b < s.batch; ++b) {
       T* to;
@@ -137,15 +151,16 @@ void add_units(const PlanStep& s, const PlanProduct& p, const void* rows, int64_
   Sums sums;
   const T* bias = static_cast<const T*>(p.bias);
   const int64_t last = min_of<int64_t>(end * kPlanUnit, p.out);
-  for_panels<T>(s, p, rows, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
-    for (int64_t b = 0; b < s.batch; ++b) {
-      float* x = s.x + b * s.hidden + first;
-      each_vector(count, [&](int64_t i, auto... n) {
-        const VecF y = biased(sums.at + b * kPanel, bias ? bias + first : nullptr, i, n...);
-        store(x + i, load(x + i, n...) + y, n...);
-      });
-    }
-  });
+  for_panels<T>(s, p, rows, begin * kPlanUnit, last, &sums,
+                [&](int64_t first, int64_t count, PanelSums done) {
+                  for (int64_t b = 0; b < s.batch; ++b) {
+                    float* x = s.x + b * s.hidden + first;
+                    each_vector(count, [&](int64_t i, auto... n) {
+                      const VecF y = biased(done.row(b), bias ? bias + first : nullptr, i, n...);
+                      store(x + i, load(x + i, n...) + y, n...);
+                    });
+                  }
+                });
 }
 
 template <Activation kAct, class T>
@@ -155,21 +170,24 @@ void hidden_units(const PlanStep& s, const PlanLayer& layer, const void* rows, T
   const PlanProduct &u = layer.up, &g = layer.gate;
   const T *b_up = static_cast<const T*>(u.bias), *b_gate = static_cast<const T*>(g.bias);
   const int64_t last = min_of<int64_t>(end * kPlanUnit, u.out);
-  const auto finish = [&](int64_t first, int64_t count) {
+  const auto finish = [&](int64_t first, int64_t count, PanelSums ups, PanelSums gates) {
     for (int64_t b = 0; b < s.batch; ++b) {
       T* row = to + b * u.out + first;
       each_vector(count, [&](int64_t i, auto... n) {
-        const VecF v = biased(up.at + b * kPanel, b_up ? b_up + first : nullptr, i, n...);
+        const VecF v = biased(ups.row(b), b_up ? b_up + first : nullptr, i, n...);
         if (g.w == nullptr) return store(row + i, activate<kAct>(v), n...);
-        const VecF w = biased(gate.at + b * kPanel, b_gate ? b_gate + first : nullptr, i, n...);
+        const VecF w = biased(gates.row(b), b_gate ? b_gate + first : nullptr, i, n...);
         store(row + i, activate<kAct>(w) * v, n...);
       });
     }
   };
-  for_panels<T>(s, u, rows, begin * kPlanUnit, last, &up, [&](int64_t first, int64_t count) {
-    if (g.w == nullptr) return finish(first, count);
-    for_panels<T>(s, g, rows, first, first + count, &gate, finish);
-  });
+  for_panels<T>(
+      s, u, rows, begin * kPlanUnit, last, &up, [&](int64_t first, int64_t count, PanelSums done) {
+        if (g.w == nullptr) return finish(first, count, done, done);
+        for_panels<T>(
+            s, g, rows, first, first + count, &gate,
+            [&](int64_t, int64_t, PanelSums gates) { finish(first, count, done, gates); });
+      });
 }
 
 template <class T>
@@ -182,33 +200,35 @@ void logits_units(const PlanStep& s, const PlanProduct& p, const void* rows, flo
   }
   const T* bias = static_cast<const T*>(p.bias);
   const int64_t last = min_of<int64_t>(end * kPlanUnit, p.out);
-  for_panels<T>(s, p, rows, begin * kPlanUnit, last, &sums, [&](int64_t first, int64_t count) {
-    for (int64_t b = 0; b < s.batch; ++b) {
-      float* y = to + b * p.out + first;
-      each_vector(count, [&](int64_t i, auto... n) {
-        store(y + i, biased(sums.at + b * kPanel, bias ? bias + first : nullptr, i, n...), n...);
+  for_panels<T>(
+      s, p, rows, begin * kPlanUnit, last, &sums,
+      [&](int64_t first, int64_t count, PanelSums done) {
+        for (int64_t b = 0; b < s.batch; ++b) {
+          float* y = to + b * p.out + first;
+          each_vector(count, [&](int64_t i, auto... n) {
+            store(y + i, biased(done.row(b), bias ? bias + first : nullptr, i, n...), n...);
+          });
+          const int64_t seen = min_of(count, limit - first);
+          VecF top = set1(largest[b]), wrong = zero();  // wrong: NaN where a logit is not finite
+          int64_t i = 0;
+          for (; i + kLanes <= seen; i += kLanes) {
+            const VecF v = load(y + i);
+            top = vmax(top, v);
+            wrong = fma(v, zero(), wrong);
+          }
+          if (i < seen) {
+            const VecF v = load(y + i, static_cast<int>(seen - i));
+            top = vmax(top, select(below(i, seen), v, top));
+            wrong = fma(v, zero(), wrong);
+          }
+          const float most = reduce_max(top);
+          if (!(reduce_add(wrong) == 0.0f)) largest[b] = NAN;
+          if (!(most > largest[b])) continue;
+          largest[b] = most;
+          at[b] = first;
+          while (y[at[b] - first] != most) ++at[b];
+        }
       });
-      const int64_t seen = min_of(count, limit - first);
-      VecF top = set1(largest[b]), wrong = zero();  // wrong: NaN where a logit is not finite
-      int64_t i = 0;
-      for (; i + kLanes <= seen; i += kLanes) {
-        const VecF v = load(y + i);
-        top = vmax(top, v);
-        wrong = fma(v, zero(), wrong);
-      }
-      if (i < seen) {
-        const VecF v = load(y + i, static_cast<int>(seen - i));
-        top = vmax(top, select(below(i, seen), v, top));
-        wrong = fma(v, zero(), wrong);
-      }
-      const float most = reduce_max(top);
-      if (!(reduce_add(wrong) == 0.0f)) largest[b] = NAN;
-      if (!(most > largest[b])) continue;
-      largest[b] = most;
-      at[b] = first;
-      while (y[at[b] - first] != most) ++at[b];
-    }
-  });
 }
 
 void embed(const PlanStep& s) {

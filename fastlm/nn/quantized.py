@@ -26,6 +26,7 @@ class QuantizedLinear(torch.nn.Module):
     values: Tensor
     scale: Tensor
     minimum: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,
