@@ -6,8 +6,8 @@ the largest. Where PyTorch's is smaller than that of a correctly rounded result,
 takes its place. No tolerance is made by hand.
 
 The largest of a few errors is luck. Small tensors are therefore judged over many draws: the same
-inputs again, every value moved by up to a quarter at random, until there are a thousand errors
-or 64 draws; of the largest errors of the draws the root mean square counts.
+inputs again, every value moved by up to a quarter at random, until there are 512 errors or 32
+draws; of the largest errors of the draws the root mean square counts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 
 Call = Callable[..., Any]
 
-WANTED = 1024  # element errors of the smallest tensor, over all draws
+WANTED = 512  # element errors of the smallest tensor, over all draws
 FEWEST = 16  # draws, for rows of one draw share errors; and errors of which a mean is taken
-MOST = 64  # draws
+MOST = 32  # draws
 WORK = 2**19  # elements over all draws and tensors; 16 times that for tensors below 16 elements
 JITTER = 0.25
 
@@ -70,7 +70,8 @@ def compare(
     `call` (ours) and `baseline` (PyTorch's own) get the inputs as they are, `oracle` gets the
     floating-point ones in float64. Gradients are taken of every floating-point input, for one
     random cotangent per output. After the first draw inputs and cotangents are jittered: times
-    1 + u, |u| <= 1/4, zeros and infinities kept. `draws` is found from the sizes if None.
+    1 + u, |u| <= 1/4, zeros and infinities kept. `draws` is found from the sizes if None;
+    1 is for inputs whose very values matter.
     """
     three = ((call, None), (baseline, None), (oracle, torch.float64))
 
