@@ -73,35 +73,82 @@ void pack_columns(Pairs, const ColumnProduct& p, int64_t k0, int64_t depth, int6
   }
 }
 
-// a[k0 .. k0 + depth) x rows [m0, m0 + rows) to [operand of k][kRows], zeros beyond the rows.
-template <int kRows, class T>
-void pack_panel(Singles, const ColumnProduct& p, int64_t k0, int64_t depth, int64_t m0,
-                int64_t rows, float* to) {
-  const T* from = static_cast<const T*>(p.a) + k0 * p.a_stride_k + m0 * p.a_stride_m;
-  for (int64_t k = 0; k < depth; ++k, from += p.a_stride_k, to += kRows) {
-    if (p.a_stride_m == 1) __builtin_prefetch(from + kRows, 0, 2);
-    for (int64_t i = 0; i < kRows; ++i) {
-      to[i] = i < rows ? ::fastlm::to_float(from[i * p.a_stride_m]) : 0.0f;
+// a[k0 .. k0 + depth) x rows [m0, m0 + rows) to [operand of k][kRows], zeros beyond the rows. Whole
+// vectors are stored; what they write beyond kRows the next ones overwrite.
+template <class T>
+inline VecF operand(Singles, const T* p, int n) {
+  return load(p, n);
+}
+template <class T>
+inline VecF operand(Pairs, const T* p, int n) {
+  return as_float(load_pairs(p, n));
+}
+template <class T>
+inline VecF operand(Singles, const T* p) {
+  return load(p);
+}
+template <class T>
+inline VecF operand(Pairs, const T* p) {
+  return as_float(load_pairs(p));
+}
+
+// Rows that run along k: squares of kLanes operands of kLanes rows are turned.
+template <class E, int kRows, class T>
+void pack_along_k(const ColumnProduct& p, const T* from, int64_t depth, int64_t rows, float* to) {
+  constexpr int64_t kStep = kLanes * E::kPer;
+  for (int64_t k = 0; k < depth; k += kStep) {
+    const int64_t left = min_of(kStep, depth - k), operands = (left + E::kPer - 1) / E::kPer;
+    for (int64_t i0 = 0; i0 < kRows; i0 += kLanes) {
+      VecF square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const T* row = from + (i0 + i) * p.a_stride_m + k;
+        square[i] = i0 + i >= min_of<int64_t>(rows, kRows) ? zero()
+                    : left == kStep ? operand(E{}, row)
+                                    : operand(E{}, row, static_cast<int>(left));
+      }
+      transpose(square);
+      for (int64_t j = 0; j < operands; ++j) {
+        float* row = to + j * kRows + i0;
+        if (i0 > 0 && kRows - i0 < kLanes) {
+          store(row, square[j], static_cast<int>(kRows - i0));  // what follows is there already
+        } else {
+          store(row, square[j]);
+        }
+      }
+    }
+    to += operands * kRows;
+  }
+}
+
+template <class T>
+inline VecF operand_down(Singles, const T* p, int64_t, bool, int n) {
+  return load(p, n);
+}
+template <class T>
+inline VecF operand_down(Pairs, const T* p, int64_t stride, bool both, int n) {
+  return as_float(pair_up(load(p, n), both ? load(p + stride, n) : zero()));
+}
+
+// Rows that lie side by side.
+template <class E, int kRows, class T>
+void pack_across(const ColumnProduct& p, const T* from, int64_t depth, int64_t rows, float* to) {
+  for (int64_t k = 0; k < depth; k += E::kPer, from += E::kPer * p.a_stride_k, to += kRows) {
+    const bool both = k + 1 < depth;
+    __builtin_prefetch(from + kRows, 0, 2);
+    if (E::kPer == 2 && both) __builtin_prefetch(from + p.a_stride_k + kRows, 0, 2);
+    for (int64_t i = 0; i < kRows; i += kLanes) {
+      const int n = static_cast<int>(max_of<int64_t>(min_of<int64_t>(kLanes, rows - i), 0));
+      store(to + i, operand_down(E{}, from + i, p.a_stride_k, both, n));
     }
   }
 }
-template <int kRows, class T>
-void pack_panel(Pairs, const ColumnProduct& p, int64_t k0, int64_t depth, int64_t m0, int64_t rows,
+
+template <class E, int kRows, class T>
+void pack_panel(const ColumnProduct& p, int64_t k0, int64_t depth, int64_t m0, int64_t rows,
                 float* to) {
   const T* from = static_cast<const T*>(p.a) + k0 * p.a_stride_k + m0 * p.a_stride_m;
-  T* pair = reinterpret_cast<T*>(to);
-  for (int64_t k = 0; k < depth; k += 2, from += 2 * p.a_stride_k, pair += 2 * kRows) {
-    const T* next = from + p.a_stride_k;
-    const bool both = k + 1 < depth;
-    if (p.a_stride_m == 1) {
-      __builtin_prefetch(from + kRows, 0, 2);
-      __builtin_prefetch(next + kRows, 0, 2);
-    }
-    for (int64_t i = 0; i < kRows; ++i) {
-      pair[2 * i] = i < rows ? from[i * p.a_stride_m] : T{0};
-      pair[2 * i + 1] = i < rows && both ? next[i * p.a_stride_m] : T{0};
-    }
-  }
+  if (p.a_stride_k == 1) return pack_along_k<E, kRows>(p, from, depth, rows, to);
+  pack_across<E, kRows>(p, from, depth, rows, to);
 }
 
 // Where a tile's sums go.
@@ -153,7 +200,7 @@ template <class E, int kRows, class T>
 void panel_rows(const ColumnProduct& p, int64_t k0, int64_t depth, Place at, int64_t width,
                 const float* b, float* a) {
   const int64_t operands = (depth + E::kPer - 1) / E::kPer;
-  pack_panel<kRows, T>(E{}, p, k0, depth, at.m, at.rows, a);
+  pack_panel<E, kRows, T>(p, k0, depth, at.m, at.rows, a);
   for (int64_t j = 0; j < width; j += kTile, b += operands * kTile, at.n += kTile) {
     at.cols = width - j;
     tile<E, kRows>(p, a, b, operands, at);

@@ -7,7 +7,7 @@ namespace fastlm {
 
 // sums[m, n] = sum_k a[k, m] b[k, n], or += where `add`
 struct ColumnProduct {
-  const void* a;  // element (k, m) at k a_stride_k + m a_stride_m
+  const void* a;  // element (k, m) at k a_stride_k + m a_stride_m, of which one is 1
   const void* b;  // [k, n], rows b_stride apart
   float* sums;    // [m, n]
   int64_t m, n, k;

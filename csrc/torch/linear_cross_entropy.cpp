@@ -31,7 +31,7 @@ void logits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
               out.mutable_data_ptr());
 }
 
-// sums [m, n] = a^T b, or += where `add`, for a [k, m] with any strides and b [k, n].
+// sums [m, n] = a^T b, or += where `add`, for a [k, m], transposed or not, and b [k, n].
 void column_product(const Tensor& a, const Tensor& b, Tensor sums, bool add) {
   check_matrix(a, b.scalar_type());
   check_matrix(b, a.scalar_type());
@@ -39,6 +39,7 @@ void column_product(const Tensor& a, const Tensor& b, Tensor sums, bool add) {
   const LinearCrossEntropyKernels& kernels = linear_cross_entropy_kernels();
   const int64_t k = a.size(0), m = a.size(1), n = b.size(1);
   STD_TORCH_CHECK(k > 0 && b.size(0) == k && (b.stride(1) == 1 || n <= 1), "b must be [k, n]");
+  STD_TORCH_CHECK(a.stride(0) == 1 || a.stride(1) == 1, "a must be [k, m] or transposed");
   STD_TORCH_CHECK(sums.is_contiguous() && sums.size(0) == m && sums.size(1) == n,
                   "sums must be [m, n]");
 

@@ -39,7 +39,7 @@ _OP = "linear_cross_entropy"
 
 # A chunk's logits, and its rows. Each chunk reads the weights twice and their gradient once, which
 # wants many rows; its logits should stay near, which wants few.
-_CHUNK_BYTES, _CHUNK_ROWS = 40 << 20, 512
+_CHUNK_BYTES, _CHUNK_ROWS = 64 << 20, 512
 
 register(
     _OP,
