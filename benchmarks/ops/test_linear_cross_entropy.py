@@ -41,6 +41,8 @@ CASES = [
         case(dtype, 16, 288, 1000),
         case(dtype, 256, 576, 16384),
         case(dtype, 256, 576, 16384, backward=False),
+        case(dtype, 512, 576, 49152),
+        case(dtype, 2048, 288, 32000),
     )
 ]
 

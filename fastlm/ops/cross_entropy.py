@@ -18,7 +18,7 @@ from fastlm.ops._registry import Backend, choose, memory, native, register, reme
 REDUCTIONS = ("none", "mean", "sum")
 NUMBER = {name: number for number, name in enumerate(REDUCTIONS)}
 NONE, MEAN, SUM = range(3)
-ONE = torch.ones(())
+ONE = torch.ones((), device="cpu")
 
 register("cross_entropy", Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)))
 

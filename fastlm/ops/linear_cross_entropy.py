@@ -116,10 +116,14 @@ class _Chunks:
         self.dweight = new((classes, width) if dweight else 0)
         self.dbias = rows.new_zeros(classes if dbias else 0, dtype=torch.float32)
 
+    def part(self, of: Tensor, start: int) -> Tensor:
+        """The rows of the chunk that begins at `start`."""
+        return of if self.size >= len(of) else of[start : start + self.size]
+
     def logits(self, start: int, bias: Tensor | None) -> Tensor:
         """Of the chunk that begins at row `start`."""
-        rows, weight = self.rows[start : start + self.size], self.weight
-        out = self.buffer[: len(rows)]
+        rows, weight = self.part(self.rows, start), self.weight
+        out = self.buffer if len(rows) == len(self.buffer) else self.buffer[: len(rows)]
         if self.own:
             _logits(rows, weight, bias, out)
         elif bias is None:
@@ -130,16 +134,15 @@ class _Chunks:
 
     def add(self, gradient: Tensor, start: int) -> None:
         """Takes the gradient of a chunk's logits on to x, weight and bias."""
-        part, library = slice(start, start + self.size), not self.own
-        exact = gradient.dtype == torch.float32
+        library, exact = not self.own, gradient.dtype == torch.float32
         if self.dx.numel():
-            sums = self.dx[part]
+            sums = self.part(self.dx, start)
             if library:
                 sums.copy_(torch.mm(gradient, self.weight))
             else:
                 _product(gradient.t(), self.weight, sums, False)
         if self.dweight.numel():
-            rows = self.rows[part]
+            rows = self.part(self.rows, start)
             if library and exact:
                 beta = float(start > 0)
                 torch.addmm(self.dweight, gradient.t(), rows, beta=beta, out=self.dweight)
@@ -165,12 +168,13 @@ def _by_chunks(
     dweight: bool,
     dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, t = as_matrix(x).contiguous(), target.reshape(-1)
+    rows = (x if x.dim() == 2 else as_matrix(x)).contiguous()
+    t = target.reshape(-1).contiguous()
     tokens = None if token_weight is None else token_weight.reshape(-1)
     kept = t != ignore_index
     index = None if bool(kept.all()) else kept.nonzero()[:, 0]
     if index is not None:  # tokens without loss cost nothing
-        rows, t = rows[index], t[index].contiguous()
+        rows, t = rows[index], t[index]
         tokens = None if tokens is None else tokens[index]
     count = 1.0  # what the sum is divided by
     if reduction == MEAN:
@@ -180,13 +184,16 @@ def _by_chunks(
     chunks = _Chunks(rows, weight, dx, dweight, dbias)
     losses = []
     for start in range(0, len(rows), max(chunks.size, 1)):
-        part = slice(start, start + chunks.size)
         logits = chunks.logits(start, bias)
-        scale = None if tokens is None else tokens[part]
+        scale = None if tokens is None else chunks.part(tokens, start)
         options = ignore_index, smoothing, z_loss, softcap, dx or dweight or dbias
-        losses.append(_softmax(logits, t[part], class_weight, scale, factor, *options))
+        part = chunks.part(t, start)
+        losses.append(_softmax(logits, part, class_weight, scale, factor, *options))
         chunks.add(logits, start)
-    loss = torch.cat(losses) if losses else x.new_empty(0, dtype=torch.float32)
+    if len(losses) == 1:
+        (loss,) = losses
+    else:
+        loss = torch.cat(losses) if losses else chunks.dbias[:0]
     loss = loss if tokens is None else loss * tokens
     if reduction != NONE:
         loss = (loss.sum(dtype=torch.float64) / count).float()

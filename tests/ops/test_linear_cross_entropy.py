@@ -189,6 +189,8 @@ def test_batches_of_sequences_empty_batches_and_odd_layouts():
         x.t().contiguous().t(), weight.t().contiguous().t(), target, reduction="none"
     )
     assert torch.equal(strided, flat)
+    apart = target.repeat_interleave(2)[::2]
+    assert torch.equal(ops.linear_cross_entropy(x, weight, apart, reduction="none"), flat)
     one = ops.linear_cross_entropy(x[0], weight, target[0], reduction="none")
     assert one.shape == ()
     x, weight = x[:0].requires_grad_(), weight.requires_grad_()
