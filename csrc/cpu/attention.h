@@ -229,14 +229,13 @@ void forward_task(const AttentionForward& f, int64_t task, float* scratch) {
 }
 
 int64_t forward_scratch(const AttentionForward& f) {
-  return f.a.dtype == DType::kFloat32 ? ForwardMemory<Engine<float>>(f, nullptr).floats
-                                      : ForwardMemory<Engine<bf16>>(f, nullptr).floats;
+  return with_type(f.a.dtype,
+                   [&]<class T>(const T*) { return ForwardMemory<Engine<T>>(f, nullptr).floats; });
 }
 void forward(const AttentionForward& f, int64_t task, float* scratch) {
-  f.a.dtype == DType::kFloat32 ? forward_task<float>(f, task, scratch)
-                               : forward_task<bf16>(f, task, scratch);
+  with_type(f.a.dtype, [&]<class T>(const T*) { forward_task<T>(f, task, scratch); });
 }
 
 FASTLM_EXPORT(AttentionKernels, attention) = {
-    read_mask, forward_scratch, forward, backward_scratch, backward,
+    read_mask, forward_scratch, forward, backward_scratch, backward, sink_gradient,
 };

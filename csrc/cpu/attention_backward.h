@@ -51,6 +51,16 @@ struct BackwardMemory {
   }
 };
 
+// grad . out - grad_lse of the row at this place of the log-sum-exps.
+template <class T>
+inline float row_delta(const AttentionBackward& f, const T* grad, const T* out, int64_t at) {
+  VecF dots = zero();
+  for_vectors(f.a.dv, [&](int64_t d, auto... n) {
+    dots = fma(load(grad + d, n...), load(out + d, n...), dots);
+  });
+  return reduce_add(dots) - (f.grad_lse == nullptr ? 0.0f : f.grad_lse[at]);
+}
+
 // The rows [begin, end) of a head as operands, with what their softmax needs.
 template <class T, class E>
 void pack_queries(const AttentionBackward& f, const BackwardMemory<E>& m, const Head& head,
@@ -68,12 +78,8 @@ void pack_queries(const AttentionBackward& f, const BackwardMemory<E>& m, const 
       pack_pair(g, whole ? head.query_row<const T>(f.grad, r + 1) : nullptr, f.a.dv,
                 m.g_right + i / 2 * m.v_width);
     }
-    VecF dots = zero();
-    for_vectors(f.a.dv, [&](int64_t d, auto... n) {
-      dots = fma(load(g + d, n...), load(out + d, n...), dots);
-    });
     const int64_t at = head.lse_at(r);
-    m.delta[i] = reduce_add(dots) - (f.grad_lse == nullptr ? 0.0f : f.grad_lse[at]);
+    m.delta[i] = row_delta(f, g, out, at);
     m.low[i] = f.lse[f.a.lse_size + at];
     m.lse[i] = f.lse[at] == -HUGE_VALF ? HUGE_VALF : f.lse[at];  // no key seen: weights are zero
   }
@@ -248,11 +254,31 @@ void backward_task(const AttentionBackward& f, int64_t task, float* scratch) {
 }
 
 int64_t backward_scratch(const AttentionBackward& f) {
-  const int64_t rows = backward_capacity(f);
-  return f.a.dtype == DType::kFloat32 ? BackwardMemory<Engine<float>>(f.a, rows, nullptr).floats
-                                      : BackwardMemory<Engine<bf16>>(f.a, rows, nullptr).floats;
+  return with_type(f.a.dtype, [&]<class T>(const T*) {
+    return BackwardMemory<Engine<T>>(f.a, backward_capacity(f), nullptr).floats;
+  });
 }
 void backward(const AttentionBackward& f, int64_t task, float* scratch) {
-  f.a.dtype == DType::kFloat32 ? backward_task<float>(f, task, scratch)
-                               : backward_task<bf16>(f, task, scratch);
+  with_type(f.a.dtype, [&]<class T>(const T*) { backward_task<T>(f, task, scratch); });
+}
+
+// The gradients of the sinks of the heads [begin, end) of batch x heads: - sum_i p_i delta_i with
+// p_i = e^(sink - lse_i). Rows of either sign nearly cancel, hence sums in double precision.
+void sink_gradient(const AttentionBackward& f, int64_t begin, int64_t end, double* gradients) {
+  const Attention& a = f.a;  // of as many kv heads as heads
+  for (int64_t i = begin; i < end; ++i) {
+    const Head head(a, i);
+    const double sink = a.sinks[i % a.heads];
+    double sum = 0.0;
+    for (int64_t r = 0; r < head.rows && sink != -HUGE_VAL; ++r) {
+      const int64_t at = head.lse_at(r);
+      const double lse = static_cast<double>(f.lse[at]) + f.lse[a.lse_size + at];
+      const float delta = with_type(a.dtype, [&]<class T>(const T*) {
+        return row_delta(f, head.query_row<const T>(f.grad, r), head.query_row<const T>(f.out, r),
+                         at);
+      });
+      sum -= exp(sink - lse) * delta;
+    }
+    gradients[i] = sum;
+  }
 }

@@ -129,10 +129,10 @@ inline void row_group(int rows, int vectors, int64_t steps, Left a, Right b, Tar
 
 // ---- packing ----
 
-inline VecF load_words(Singles, const float* p) { return load(p); }
-inline VecF load_words(Singles, const float* p, int n) { return load(p, n); }
-inline VecF load_words(Singles, const bf16* p) { return load(p); }
-inline VecF load_words(Singles, const bf16* p, int n) { return load(p, n); }
+template <class T, class... N>
+inline VecF load_words(Singles, const T* p, N... n) {
+  return load(p, n...);
+}
 inline VecF load_words(Pairs, const bf16* p) { return as_float(load_pairs(p)); }
 inline VecF load_words(Pairs, const bf16* p, int n) { return as_float(load_pairs(p, n)); }
 
@@ -283,6 +283,10 @@ inline void with_mask(const Attention& a, F&& f) {
       return f(
           static_cast<const bf16*>(a.mask), [](bf16 x) { return x.bits == 0xff80; },
           [](bf16 x) { return to_float(x); });
+    case MaskKind::kFloat16:
+      return f(
+          static_cast<const fp16*>(a.mask), [](fp16 x) { return x.bits == 0xfc00; },
+          [](fp16 x) { return to_float(x); });
     case MaskKind::kNone:
       return;
   }
@@ -419,6 +423,20 @@ struct Scores {
     });
   }
 };
+
+// Calls f with a null pointer to the element type.
+template <class F>
+inline auto with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return f(static_cast<const bf16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<const fp16*>(nullptr));
+    case DType::kFloat32:
+      break;
+  }
+  return f(static_cast<const float*>(nullptr));
+}
 
 // Hands out consecutive aligned pieces of a worker's memory; with a null base it only counts.
 struct Arena {

@@ -11,7 +11,7 @@ struct HeadRows {
   int64_t batch, head, row;
 };
 
-enum class MaskKind : int { kNone, kBool, kFloat32, kBFloat16 };
+enum class MaskKind : int { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
 
 // out_i = sum_j softmax_j(s_ij) v_j, s_ij = cap(scale q_i . k_j) - slope |p_i - j| + mask_ij over
 // the keys that query i, at position p_i = i + tk - tq, sees.
@@ -67,6 +67,9 @@ struct AttentionKernels {
   void (*forward)(const AttentionForward&, int64_t task, float* scratch);
   int64_t (*backward_scratch)(const AttentionBackward&);
   void (*backward)(const AttentionBackward&, int64_t task, float* scratch);
+  // Of the heads [begin, end) of batch x heads, to `gradients`; needs out, grad, lse, grad_lse, the
+  // sinks and the shape of the queries.
+  void (*sink_gradient)(const AttentionBackward&, int64_t begin, int64_t end, double* gradients);
 };
 
 inline int64_t attention_blocks(int64_t rows) {

@@ -56,8 +56,11 @@ void set_mask(Attention& a, const Tensor& mask) {
     case ScalarType::BFloat16:
       a.mask_kind = MaskKind::kBFloat16;
       break;
+    case ScalarType::Half:
+      a.mask_kind = MaskKind::kFloat16;
+      break;
     default:
-      STD_TORCH_CHECK(false, "attention: expected a mask of bool, float32 or bfloat16");
+      STD_TORCH_CHECK(false, "attention: expected a mask of bool, float32, bfloat16 or float16");
   }
   int64_t* strides[] = {&a.mask_batch, &a.mask_head, &a.mask_row, &a.mask_key};
   const int64_t dims = mask.dim();
@@ -283,12 +286,41 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv};
 }
 
+Tensor attention_sinks_backward(const Tensor& grad_, const std::optional<Tensor>& grad_lse_,
+                                const Tensor& out_, const Tensor& lse_, const Tensor& sinks_,
+                                const std::optional<Tensor>& starts_q) {
+  const Tensor grad = unit_rows(grad_), out = unit_rows(out_), lse = dense(lse_);
+  const auto grad_lse = dense(grad_lse_), sinks = dense(std::optional<Tensor>(sinks_));
+  const std::optional<Tensor> none;
+  AttentionBackward f{};
+  f.a = describe(out, out, out, {none, none, sinks, starts_q, none, false, 0, 1.0, 0.0});
+  f.out = head_rows(out);
+  f.grad = head_rows(grad);
+  f.lse = static_cast<const float*>(lse.const_data_ptr());
+  f.grad_lse = static_cast<const float*>(data_or_null(grad_lse));
+  const int64_t heads = f.a.heads, parts = f.a.batch * heads;
+  const Tensor partial = empty_cpu({parts}, ScalarType::Double);
+  double* sums = static_cast<double*>(partial.mutable_data_ptr());
+  const AttentionKernels& kernels = attention_kernels();
+  parallel_rows(parts, 2 * f.a.tq * f.a.dv * static_cast<int64_t>(out.element_size()),
+                [&](int64_t begin, int64_t end) { kernels.sink_gradient(f, begin, end, sums); });
+  Tensor result = empty_cpu({heads}, ScalarType::Float);
+  float* to = static_cast<float*>(result.mutable_data_ptr());
+  for (int64_t h = 0; h < heads; ++h) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < f.a.batch; ++b) sum += sums[b * heads + h];
+    to[h] = static_cast<float>(sum);
+  }
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_lse", TORCH_BOX(&attention_lse));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_sinks_backward", TORCH_BOX(&attention_sinks_backward));
 }
 
 }  // namespace fastlm

@@ -15,16 +15,19 @@ from fastlm.ops import _checks
 from fastlm.ops._library import define, direct, needs_grad
 from fastlm.ops._registry import Backend, choose, memory, native, register, remember
 
-_NATIVE = native(torch.float32, torch.bfloat16)
+_NATIVE = native(torch.float32, torch.bfloat16, torch.float16)
 
 
 def _cpu_unsupported(dtype: torch.dtype, *, form: str, options: tuple[str, ...]) -> list[str]:
     reasons = _NATIVE(dtype)
-    for option in ("gradient of mask", "gradient of alibi_slopes", "gradient of sinks"):
+    for option in ("gradient of mask", "gradient of alibi_slopes"):
         if option in options:
             reasons.append(f"makes no {option}")
-    if "fp16 or fp64 mask" in options:
-        reasons.append("takes a mask of bool, float32 or bfloat16")
+    if "gradient of sinks" in options and dtype != torch.float32:
+        # its rows nearly cancel, and an output rounded to half precision has lost what is left
+        reasons.append("makes the gradient of sinks in float32 only")
+    if "fp64 mask" in options:
+        reasons.append("takes a mask of bool, float32, bfloat16 or float16")
     return reasons
 
 
@@ -87,6 +90,13 @@ _backward = define(
 )
 
 
+_sinks_backward = define(
+    "attention_sinks_backward(Tensor grad, Tensor? grad_lse, Tensor out, Tensor lse, Tensor sinks,"
+    " Tensor? starts_q) -> Tensor",
+    lambda grad, grad_lse, out, lse, sinks, starts_q: torch.empty_like(sinks),
+)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,7 +113,7 @@ class _Attention(torch.autograd.Function):
         return_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         out, lse = _forward_lse(q, k, v, mask, slopes, sinks, starts_q, starts_k, *numbers)
-        ctx.save_for_backward(q, k, v, out, lse, mask, slopes, starts_q, starts_k)
+        ctx.save_for_backward(q, k, v, out, lse, mask, slopes, sinks, starts_q, starts_k)
         ctx.numbers = numbers
         return (out, lse[0]) if return_lse else out
 
@@ -111,11 +121,14 @@ class _Attention(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, grad: Tensor, grad_lse: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, mask, slopes, starts_q, starts_k = ctx.saved_tensors
+        q, k, v, out, lse, mask, slopes, sinks, starts_q, starts_k = ctx.saved_tensors
         dq, dk, dv = _backward(
             grad, grad_lse, q, k, v, out, lse, mask, slopes, starts_q, starts_k, *ctx.numbers
         )
-        return dq, dk, dv, None, None, None, None, None, None, None
+        dsinks = None
+        if ctx.needs_input_grad[5]:
+            dsinks = _sinks_backward(grad, grad_lse, out, lse, sinks, starts_q)
+        return dq, dk, dv, None, None, dsinks, None, None, None, None
 
 
 @overload
@@ -203,9 +216,9 @@ def attention(
         TypeError: an argument that is no tensor of the kind asked for.
 
     A query that sees no key gives zeros and lse = -inf (with a sink: the sink), never NaN. Scores,
-    softmax and sums are fp32; for bf16 the weights are rounded to bf16 before they meet v. The
-    same input gives the same bits for any number of threads. Differentiable once in q, k, v,
-    alibi_slopes, sinks and a floating mask.
+    softmax and sums are fp32; for bf16 the weights are rounded to bf16 before they meet v, fp16 is
+    widened to fp32. The same input gives the same bits for any number of threads. Differentiable
+    once in q, k, v, alibi_slopes, sinks and a floating mask.
     Source: Dao, arXiv:2307.08691, algorithms 1 and 2; sinks: Xiao et al., arXiv:2309.17453.
 
     >>> q = torch.ones(1, 1, 2, 4)
@@ -248,7 +261,7 @@ def attention(
         slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         wide = None if sinks is None else sinks.float().contiguous()
         tables = (mask, slopes, wide, cu_seqlens_q, cu_seqlens_k)
-        if needs_grad(q, k, v):
+        if needs_grad(q, k, v, sinks):
             return _Attention.apply(q, k, v, *tables, numbers, return_lse)
         if not return_lse:
             return _forward(q, k, v, *tables, *numbers)
@@ -328,8 +341,8 @@ def _given(
             names.append("gradient of sinks")
     if mask is not None:
         names.append("mask")
-        if mask.dtype in (torch.float16, torch.float64):
-            names.append("fp16 or fp64 mask")
+        if mask.dtype == torch.float64:
+            names.append("fp64 mask")
         if needs_grad(mask):
             names.append("gradient of mask")
     return tuple(names)

@@ -12,7 +12,7 @@ from fastlm import ops, reference
 from fastlm.ops import _registry
 from fastlm.testing import check, error
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_native = pytest.mark.skipif(
     "cpu" not in ops.implementations("attention"), reason="no native kernels"
 )
@@ -191,15 +191,17 @@ def with_bias(q, k, v, *, causal, alibi_slopes=None, sinks=None):
 def test_options_pytorch_lacks(dtype, option):
     """Soft-cap and lse against the same in PyTorch operations, which its attention lacks."""
     options, sinks = options_pytorch_lacks(option)
-    if sinks:
-        options["sinks"] = sinks[0]
     in_operations = "softcap" in options or "return_lse" in options
     inputs = [heads(2, 4, 70, 32), heads(2, 2, 90, 32), heads(2, 2, 90, 32)]
+    theirs = with_sinks(in_steps if in_operations else with_bias)
+    if sinks and dtype != torch.float32:  # no gradient of theirs
+        options["sinks"] = sinks.pop()
     with ops.use_backend("cpu"):
-        matches(
-            [x.to(dtype) for x in inputs],
-            options,
-            lambda *x: (in_steps if in_operations else with_bias)(*x, **options),
+        check(
+            lambda *x: with_sinks(ops.attention)(*x, **options),
+            lambda *x: theirs(*x, **options),
+            lambda *x: with_sinks(reference.attention)(*x, **options),
+            [*(x.to(dtype) for x in inputs), *sinks],
         )
 
 
@@ -232,7 +234,7 @@ def test_packed_sequences_equal_single_ones(backend, dtype, window):
     starts_k = torch.tensor([0, 70, 75, 95, 190], dtype=torch.int32)
     shapes = ((100, 4, 32), (190, 2, 32), (190, 2, 32))
     q, k, v = (torch.randn(s).to(dtype).requires_grad_() for s in shapes)
-    slopes, sinks = torch.rand(4, 4), torch.randn(4)
+    slopes, sinks = torch.rand(4, 4), torch.randn(4, requires_grad=dtype == torch.float32)
     options = {"causal": True, "window": window, "sinks": sinks, "return_lse": True}
     with ops.use_backend(backend):
         out, lse = ops.attention(
@@ -248,9 +250,12 @@ def test_packed_sequences_equal_single_ones(backend, dtype, window):
     joined_lse = torch.cat([s[0] for _, s in singles], -1)
     assert torch.equal(out, joined) and torch.equal(lse, joined_lse)
     cotangents = [torch.randn_like(out), torch.randn_like(lse)]
-    ours = torch.autograd.grad([out, lse], [q, k, v], cotangents)
-    for a, b in zip(ours, torch.autograd.grad([joined, joined_lse], [q, k, v], cotangents)):  # noqa: B905
+    ours = torch.autograd.grad([out, lse], [q, k, v], cotangents, True)
+    for a, b in zip(ours, torch.autograd.grad([joined, joined_lse], [q, k, v], cotangents, True)):  # noqa: B905
         assert torch.equal(a, b)
+    if sinks.requires_grad:
+        both = [out, lse], [joined, joined_lse]
+        torch.testing.assert_close(*(torch.autograd.grad(x, sinks, cotangents) for x in both))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -370,8 +375,8 @@ def test_fullgraph_compile_forward_and_backward():
         return (out + plain).square().sum() + lse.sum()
 
     args = [torch.randn(1, 4, 9, 16, requires_grad=True), *torch.randn(2, 1, 2, 9, 16)]
-    args += [torch.rand(9, 9) > 0.3, torch.randn(4)]
-    wanted = (args[0],)
+    args += [torch.rand(9, 9) > 0.3, torch.randn(4, requires_grad=True)]
+    wanted = (args[0], args[4])
     grads = torch.autograd.grad(torch.compile(f, fullgraph=True)(*args), wanted)
     expected = torch.autograd.grad(f(*args), wanted)
     for a, b in zip(grads, expected, strict=True):
@@ -395,6 +400,8 @@ def test_opcheck(packed):
     out, lse = torch.ops.fastlm.attention_lse(q, k, k, *tables, *numbers)
     rest = (q, k, k, out, lse, mask, tables[1], starts, None, *numbers)
     check_op(torch.ops.fastlm.attention_backward.default, (out, lse, *rest))
+    sinks = (out, lse[0], out, lse, tables[2], starts)
+    check_op(torch.ops.fastlm.attention_sinks_backward.default, sinks)
 
 
 Q, K = torch.ones(1, 4, 3, 8), torch.ones(1, 2, 3, 8)

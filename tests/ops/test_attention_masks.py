@@ -28,6 +28,7 @@ def masks(batch, tq, tk):
         "bool_column": torch.rand(tq, 1) > 0.3,
         "added": added,
         "added_bf16": torch.randn(tq, tk).bfloat16(),
+        "added_fp16": torch.randn(tq, tk).half().masked_fill(torch.rand(tk) > 0.9, -math.inf),
         "added_transposed": torch.randn(batch, 1, tk, tq).mT,
         "hf_minimum": torch.zeros(batch, 1, tq, tk).masked_fill(at > 30, -1e9),
     }
@@ -149,7 +150,7 @@ def test_same_bits_for_any_number_of_threads_under_a_mask(batch):
     assert equal(results[0], results[1]) and equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # fp16's minimum hides no score
 def test_a_row_hidden_by_a_finite_mask_sees_all_keys_alike(dtype):
     """transformers' eager masks hold the lowest number, not -inf: a padded row of them is flat."""
     q, k, v = (torch.randn(1, 2, 5, 16).to(dtype) for _ in range(3))
