@@ -4,7 +4,7 @@
 //            integers of the weight meet one digit at a time in the processor's byte product, which
 //            is exact; the digits' sums are put together as floats once per 32 values. Bytes are
 //            unsigned there: weights carry an offset, taken off again through the sums of x.
-// Tile       16 outputs (32 or 64 for few rows) x up to 4 rows of x x 32 values: an accumulator per
+// Tile       32 outputs (16 without AVX-512) x up to 4 rows of x x 32 values: an accumulator per
 //            digit, row and vector of outputs, no sum across lanes
 // Traffic    reads the packed weight once, in order; x from L1
 // Numerics   exact within 32 values but for what fixed point drops, 2^-27 of the largest of them
@@ -13,8 +13,9 @@
 // Source     interleaved bytes for vpdpbusd as in llama.cpp's repack; digits: Ootomo, Ozaki,
 // Yokota,
 //            arXiv:2306.11975
+#include "cpu/gemm.h"
 constexpr int kVectors = static_cast<int>(kQuantizedPanel) / kLanes;  // of a panel's outputs
-constexpr int64_t kAhead = 1024;       // bytes of weights asked for ahead of their use
+constexpr int64_t kAhead = 3072;       // bytes of weights asked for ahead of their use
 constexpr int kTop3 = 20, kTop4 = 27;  // bits of the fixed point in three and four digits
 
 template <QuantizedForm form>
@@ -135,132 +136,154 @@ inline VecF compose(const VecI (&d)[4]) {
              to_lanes(shift_add<7>(d[1], d[0])));
 }
 
-// What four values of every output add, for all rows of the tile.
-template <bool kSmall, int kDigits, int kRows>
-inline void add_quad(VecI w, const XBlock<kDigits>* const* x, int quad, VecI (*acc)[kDigits]) {
+// What four values of every output add: w[v] is a vector of outputs, x a row of the tile.
+template <bool kSmall, int kDigits, int kRows, int kCount>
+inline void add_quad(const VecI (&w)[kCount], const XBlock<kDigits>* const (&x)[kRows], int quad,
+                     VecI (&acc)[kRows][kCount][kDigits]) {
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int d = 0; d < kDigits; ++d) {
       int32_t four;
       memcpy(&four, x[r]->digits[d] + 4 * quad, sizeof four);
-      acc[r][d] = byte_product<kSmall>(acc[r][d], w, set1_int(four));
+      const VecI digit = set1_int(four);
+#pragma GCC unroll 4
+      for (int v = 0; v < kCount; ++v) {
+        acc[r][v][d] = byte_product<kSmall>(acc[r][v][d], w[v], digit);
+      }
     }
   }
 }
 
-// kRows rows of x against kPanels panels, from the first block to the last.
+// Outputs and rows of x in one tile: a digit of x serves all its outputs, and the accumulators fit
+// the registers.
+constexpr int kWide = kLanes == 16 ? 2 : 1;  // panels
+constexpr int rows_in_tile(int digits) {
+  const int fit = (kLanes == 16 ? 16 : 8) / (kWide * kVectors * digits);
+  return fit < 1 ? 1 : fit > 4 ? 4 : fit;
+}
+
+// sums[r][v] = kRows rows of x against kPanels panels, from the first block to the last.
 template <QuantizedForm form, int kDigits, int kRows, int kPanels>
-void tile(const QuantizedLinearForward& a, int64_t row, int64_t panel, VecF (*sums)[kRows]) {
-  constexpr int kCount = kPanels * kVectors, kFour = 4 * kLanes;
+void tile(const QuantizedLinearForward& a, int64_t row, int64_t panel,
+          VecF (&sums)[kRows][kPanels * kVectors]) {
+  constexpr int kCount = kPanels * kVectors;
   constexpr bool kSmall = form != QuantizedForm::kInt8 || kDigits > 1;
   const int64_t blocks = a.in / kQuantizedBlock, groups = a.in / a.group;
-  const uint8_t* w[kPanels];
-  const fp16 *scale[kPanels], *minimum[kPanels];
+  // vector v of the outputs
+  const uint8_t* w[kCount];
+  const fp16 *scale[kCount], *minimum[kCount];
 #pragma GCC unroll 4
-  for (int p = 0; p < kPanels; ++p) {
-    w[p] = static_cast<const uint8_t*>(a.values) + (panel + p) * blocks * kBlockBytes<form>;
-    scale[p] = static_cast<const fp16*>(a.scale) + (panel + p) * groups * kQuantizedPanel;
-    minimum[p] = static_cast<const fp16*>(a.minimum) + (panel + p) * groups * kQuantizedPanel;
+  for (int v = 0; v < kCount; ++v) {
+    const int64_t p = panel + v / kVectors, lane = v % kVectors * kLanes;
+    w[v] = static_cast<const uint8_t*>(a.values) + p * blocks * kBlockBytes<form> + 4 * lane;
+    scale[v] = static_cast<const fp16*>(a.scale) + p * groups * kQuantizedPanel + lane;
+    minimum[v] = static_cast<const fp16*>(a.minimum) + p * groups * kQuantizedPanel + lane;
   }
   const XBlock<kDigits>* x[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     x[r] = static_cast<const XBlock<kDigits>*>(a.q) + (row + r) * blocks;
 #pragma GCC unroll 4
-    for (int v = 0; v < kCount; ++v) sums[v][r] = zero();
+    for (int v = 0; v < kCount; ++v) sums[r][v] = zero();
   }
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t b = 0; b < a.group; b += kQuantizedBlock) {
+      VecI acc[kRows][kCount][kDigits];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kCount; ++v) {
+#pragma GCC unroll 4
+          for (int d = 0; d < kDigits; ++d) acc[r][v][d] = set1_int(x[r]->offset[d]);
+        }
+      }
+      constexpr int kQuads = form == QuantizedForm::kInt8 ? 1 : 2;  // in a vector of bytes
+#pragma GCC unroll 8
+      for (int quad = 0; quad < 8; quad += kQuads) {
+        VecI low[kCount], high[kCount];
+#pragma GCC unroll 4
+        for (int v = 0; v < kCount; ++v) {
+          __builtin_prefetch(w[v] + kAhead, 0, 3);
+          const VecI bytes = load_bytes(w[v]);
+          w[v] += 4 * kQuantizedPanel;
+          low[v] = kQuads == 1 ? flip_bytes(bytes, 128) : and_bytes(bytes, 15);
+          if constexpr (kQuads == 2) high[v] = high_nibbles(bytes);
+        }
+        add_quad<kSmall>(low, x, quad, acc);
+        if constexpr (kQuads == 2) add_quad<kSmall>(high, x, quad + 1, acc);
+      }
 #pragma GCC unroll 4
       for (int v = 0; v < kCount; ++v) {
-        const int p = v / kVectors, lane = v % kVectors * kLanes;
-        const uint8_t* from = w[p] + v % kVectors * kFour;
-        VecI acc[kRows][kDigits];
+        const VecF step = load(scale[v]);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-          for (int d = 0; d < kDigits; ++d) acc[r][d] = set1_int(x[r]->offset[d]);
-        }
-        if constexpr (form == QuantizedForm::kInt8) {
-#pragma GCC unroll 8
-          for (int quad = 0; quad < 8; ++quad, from += 4 * kQuantizedPanel) {
-            __builtin_prefetch(from + kAhead, 0, 3);
-            add_quad<kSmall, kDigits, kRows>(flip_bytes(load_bytes(from), 128), x, quad, acc);
-          }
-        } else {
-#pragma GCC unroll 4
-          for (int quad = 0; quad < 8; quad += 2, from += 4 * kQuantizedPanel) {
-            __builtin_prefetch(from + kAhead, 0, 3);
-            const VecI both = load_bytes(from);
-            add_quad<kSmall, kDigits, kRows>(and_bytes(both, 15), x, quad, acc);
-            add_quad<kSmall, kDigits, kRows>(high_nibbles(both), x, quad + 1, acc);
-          }
-        }
-        const VecF step = load(scale[p] + lane);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          sums[v][r] = fma(compose(acc[r]), step * set1(x[r]->scale), sums[v][r]);
+          sums[r][v] = fma(compose(acc[r][v]), step * set1(x[r]->scale), sums[r][v]);
           if constexpr (form == QuantizedForm::kInt4Minimum) {
-            sums[v][r] = fma(load(minimum[p] + lane), set1(x[r]->total), sums[v][r]);
+            sums[r][v] = fma(load(minimum[v]), set1(x[r]->total), sums[r][v]);
           }
         }
       }
-#pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) w[p] += kBlockBytes<form>;
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) ++x[r];
     }
 #pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p) {
-      scale[p] += kQuantizedPanel;
-      if constexpr (form == QuantizedForm::kInt4Minimum) minimum[p] += kQuantizedPanel;
+    for (int v = 0; v < kCount; ++v) {
+      scale[v] += kQuantizedPanel;
+      if constexpr (form == QuantizedForm::kInt4Minimum) minimum[v] += kQuantizedPanel;
     }
   }
 }
 
-template <QuantizedForm form, int kDigits, int kRows, int kPanels, class T>
-void tile_to_y(const QuantizedLinearForward& a, int64_t row, int64_t panel) {
-  VecF sums[kPanels * kVectors][kRows];
-  tile<form, kDigits, kRows, kPanels>(a, row, panel, sums);
+template <class T>
+void store_sums(const QuantizedLinearForward& a, const VecF* sums, int count, int64_t row,
+                int64_t first) {
   const T* bias = static_cast<const T*>(a.bias);
-#pragma GCC unroll 4
-  for (int v = 0; v < kPanels * kVectors; ++v) {
-    const int64_t n = panel * kQuantizedPanel + v * kLanes, left = a.out - n;
-#pragma GCC unroll 4
+  T* y = static_cast<T*>(a.y) + row * a.y_stride;
+  for (int v = 0; v < count; ++v, first += kLanes) {
+    const int64_t left = a.out - first;
+    if (left >= kLanes) {
+      store(y + first, bias == nullptr ? sums[v] : sums[v] + load(bias + first));
+    } else if (left > 0) {
+      const int n = static_cast<int>(left);
+      store(y + first, bias == nullptr ? sums[v] : sums[v] + load(bias + first, n), n);
+    }
+  }
+}
+
+template <QuantizedForm form, int kDigits, int kRows, int kPanels>
+void rows_of_panels(const QuantizedLinearForward& a, int64_t row, int64_t panel) {
+  constexpr int kCount = kPanels * kVectors;
+  for (; row + kRows <= a.rows; row += kRows) {
+    VecF sums[kRows][kCount];
+    tile<form, kDigits, kRows, kPanels>(a, row, panel, sums);
     for (int r = 0; r < kRows; ++r) {
-      T* y = static_cast<T*>(a.y) + (row + r) * a.y_stride + n;
-      if (left >= kLanes) {
-        store(y, bias == nullptr ? sums[v][r] : sums[v][r] + load(bias + n));
-      } else if (left > 0) {
-        const int lanes = static_cast<int>(left);
-        store(y, bias == nullptr ? sums[v][r] : sums[v][r] + load(bias + n, lanes), lanes);
+      const int64_t first = panel * kQuantizedPanel;
+      if (a.dtype == DType::kFloat32) {
+        store_sums<float>(a, sums[r], kCount, row + r, first);
+      } else if (a.dtype == DType::kBFloat16) {
+        store_sums<bf16>(a, sums[r], kCount, row + r, first);
+      } else {
+        store_sums<fp16>(a, sums[r], kCount, row + r, first);
       }
     }
   }
-}
-
-template <QuantizedForm form, int kDigits, class T>
-void forward_panels(const QuantizedLinearForward& a, int64_t begin, int64_t end) {
-  for (int64_t panel = begin; panel < end; ++panel) {
-    int64_t row = 0;
-    for (; row + 4 <= a.rows; row += 4) tile_to_y<form, kDigits, 4, 1, T>(a, row, panel);
-    for (; row < a.rows; ++row) tile_to_y<form, kDigits, 1, 1, T>(a, row, panel);
-  }
+  if constexpr (kRows > 1) rows_of_panels<form, kDigits, 1, kPanels>(a, row, panel);
 }
 
 template <QuantizedForm form, int kDigits>
-void forward_typed(const QuantizedLinearForward& a, int64_t begin, int64_t end) {
-  if (a.dtype == DType::kFloat32) return forward_panels<form, kDigits, float>(a, begin, end);
-  if (a.dtype == DType::kFloat16) return forward_panels<form, kDigits, fp16>(a, begin, end);
-  forward_panels<form, kDigits, bf16>(a, begin, end);
+void forward_panels(const QuantizedLinearForward& a, int64_t begin, int64_t end) {
+  for (; begin + kWide <= end; begin += kWide) {
+    rows_of_panels<form, kDigits, rows_in_tile(kDigits), kWide>(a, 0, begin);
+  }
+  for (; begin < end; ++begin) rows_of_panels<form, kDigits, rows_in_tile(kDigits), 1>(a, 0, begin);
 }
 
 template <QuantizedForm form>
 void forward_digits(const QuantizedLinearForward& a, int64_t begin, int64_t end) {
-  if (a.digits == 1) return forward_typed<form, 1>(a, begin, end);
-  if (a.digits == 3) return forward_typed<form, 3>(a, begin, end);
-  forward_typed<form, 4>(a, begin, end);
+  if (a.digits == 1) return forward_panels<form, 1>(a, begin, end);
+  if (a.digits == 3) return forward_panels<form, 3>(a, begin, end);
+  forward_panels<form, 4>(a, begin, end);
 }
 
 void forward(const QuantizedLinearForward& a, int64_t begin, int64_t end) {
@@ -274,4 +297,7 @@ void forward(const QuantizedLinearForward& a, int64_t begin, int64_t end) {
   }
 }
 
-FASTLM_EXPORT(QuantizedLinearKernels, quantized_linear) = {quantize, forward};
+#include "cpu/quantized_product.h"
+
+FASTLM_EXPORT(QuantizedLinearKernels, quantized_linear) = {quantize, forward, dequantize,
+                                                           product,  kPanel,  kFastBytes};

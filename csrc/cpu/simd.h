@@ -26,7 +26,8 @@
 //   exact
 //                        where no |s| exceeds 64, or no u 128 and no |s| 127
 //   kFastBytes           whether dot4 is one instruction, and then exact always
-//   and_bytes(v, b), flip_bytes(v, b)  every byte of v and b, or exclusive or b; high_nibbles(v)
+//   and_bytes(v, b), flip_bytes(v, b)  every byte of v and b, or exclusive or b; high_nibbles(v);
+//                        byte_of<j>(v) byte j of every lane as an int32
 //   shift_add<n>(a, b) = (a << n) + b and to_lanes(v), int32 to float, by lane
 //
 // No include guard and no includes: target.cpp includes it once, inside the set's namespace.

@@ -198,6 +198,10 @@ inline VecI flip_bytes(VecI v, uint8_t b) {
   return _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(b)));
 }
 inline VecI high_nibbles(VecI v) { return and_bytes(_mm256_srli_epi16(v, 4), 15); }
+template <int j>
+inline VecI byte_of(VecI v) {
+  return _mm256_and_si256(_mm256_srli_epi32(v, 8 * j), _mm256_set1_epi32(255));
+}
 template <int kBits>
 inline VecI shift_add(VecI a, VecI b) {
   return _mm256_add_epi32(_mm256_slli_epi32(a, kBits), b);

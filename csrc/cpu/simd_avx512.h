@@ -210,6 +210,10 @@ inline VecI flip_bytes(VecI v, uint8_t b) {
   return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(b)));
 }
 inline VecI high_nibbles(VecI v) { return and_bytes(_mm512_srli_epi16(v, 4), 15); }
+template <int j>
+inline VecI byte_of(VecI v) {
+  return _mm512_and_si512(_mm512_srli_epi32(v, 8 * j), _mm512_set1_epi32(255));
+}
 template <int kBits>
 inline VecI shift_add(VecI a, VecI b) {
   return _mm512_add_epi32(_mm512_slli_epi32(a, kBits), b);

@@ -163,6 +163,10 @@ inline int32_t four_bytes(uint8_t b) { return static_cast<int32_t>(b * 0x0101010
 inline VecI and_bytes(VecI v, uint8_t b) { return v & four_bytes(b); }
 inline VecI flip_bytes(VecI v, uint8_t b) { return v ^ four_bytes(b); }
 inline VecI high_nibbles(VecI v) { return and_bytes(v >> 4, 15); }
+template <int j>
+inline VecI byte_of(VecI v) {
+  return (v >> (8 * j)) & 255;
+}
 template <int kBits>
 inline VecI shift_add(VecI a, VecI b) {
   return (a << kBits) + b;

@@ -12,6 +12,8 @@ namespace fastlm {
 constexpr int64_t kQuantizedPanel = 16;  // outputs that one item of work covers
 constexpr int64_t kQuantizedBlock = 32;  // values of a row of x with one scale
 
+constexpr int64_t kQuantizedFewRows = 24;  // more of bf16 are multiplied as floats
+
 enum class QuantizedForm : int { kInt8, kInt4, kInt4Minimum };
 
 // Bytes of one row of x once quantized to so many digits (1, 3 or 4); aligned to 4.
@@ -45,9 +47,34 @@ struct QuantizedLinearForward {
   DType dtype;  // of bias and y
 };
 
+// The weight as floats: w[n - first,:] for the outputs n of a range of panels.
+struct Dequantize {
+  const void* values;   // packed, see above
+  const void* scale;    // packed
+  const void* minimum;  // packed, or null
+  void* w;              // rows of `in` values
+  int64_t in, out, group, first;
+  QuantizedForm form;
+  DType dtype;
+};
+
+// y[r,:] = x[r,:] w^T + bias for many rows, with the weight rounded to their element type
+struct QuantizedProduct {
+  const void* x;     // [rows, in], fp32 or bf16
+  const void* bias;  // [out], or null
+  void* y;           // [rows, out]
+  int64_t rows;
+  Dequantize weight;  // but for w and first
+};
+
 struct QuantizedLinearKernels {
   void (*quantize)(const QuantizeRows&, int64_t row_begin, int64_t row_end);
   void (*forward)(const QuantizedLinearForward&, int64_t panel_begin, int64_t panel_end);
+  void (*dequantize)(const Dequantize&, int64_t panel_begin, int64_t panel_end);
+  // a block is `block` outputs, `scratch` has room for as many rows of the weight
+  void (*product)(const QuantizedProduct&, void* scratch, int64_t block_begin, int64_t block_end);
+  int64_t block;
+  bool fast_bytes;  // whether exact `forward` is as fast as fp32's multiply-add, row for row
 };
 
 }  // namespace fastlm

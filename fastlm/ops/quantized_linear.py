@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, needs_grad
-from fastlm.ops._registry import Backend, Reasons, choose, native, register
+from fastlm.ops._library import define, direct, needs_grad
+from fastlm.ops._registry import Backend, Reasons, choose, memory, native, register, remember
 from fastlm.ops.linear import as_matrix, autocast
 from fastlm.reference import QuantizedWeight
 
@@ -51,25 +52,37 @@ _own = define(
 )
 
 
+def _fake_dequantize(
+    values: Tensor, scale: Tensor, minimum: Tensor | None, outputs: int, dtype: torch.dtype
+) -> Tensor:
+    width = values.shape[1] * (4 if values.dtype == torch.int8 else 8)
+    return values.new_empty((outputs, width), dtype=dtype)
+
+
+_dequantize = define(
+    "dequantize(Tensor values, Tensor scale, Tensor? minimum, int outputs, ScalarType dtype)"
+    " -> Tensor",
+    _fake_dequantize,
+)
+
+
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None, int8: bool
     ) -> Tensor:
         ctx.qweight, ctx.like = qweight, (x.dtype, x.shape)
-        return _run(x, qweight, bias, int8)
+        values, scale, minimum, _, _, outputs = qweight
+        return _own(x, values, scale, minimum, bias, outputs, int8)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dtype, shape = ctx.like
         rows = as_matrix(grad).float()
-        dx = rows.mm(ctx.qweight.dequantize()).to(dtype).view(shape)
+        values, scale, minimum, _, _, outputs = ctx.qweight
+        w = _dequantize(values, scale, minimum, outputs, torch.float32)
+        dx = rows.mm(w).to(dtype).view(shape) if ctx.needs_input_grad[0] else None
         return dx, None, rows.sum(0).to(dtype) if ctx.needs_input_grad[2] else None, None
-
-
-def _run(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None, int8: bool) -> Tensor:
-    values, scale, minimum, _, _, outputs = qweight
-    return _own(x, values, scale, minimum, bias, outputs, int8)
 
 
 def quantize_weight(
@@ -139,23 +152,27 @@ def quantized_linear(
         ValueError: a shape, dtype, device or activations that do not fit.
         TypeError: an argument of a wrong type.
 
-    "exact": products and sums within fp32's rounding, one rounding to x's dtype. The kernel holds
-    x in fixed point: 27 bits below the largest of 32 neighbours in fp32, 20 bits in bf16 and fp16.
-    "int8": for normal x and w, y is off by 0.6 % (root mean square). Same bits for any number of
-    threads. A row of x that is not finite gives NaN. Differentiable in x and bias; the gradient is
-    that of the exact product.
+    "exact": products and sums within fp32's rounding, one rounding to x's dtype. The CPU's kernel
+    holds x in fixed point: to 2^-27 of the largest of 32 neighbours in fp32, 2^-20 in bf16 and
+    fp16; a row of x that is not finite gives NaN. For more than 24 rows of bf16 it rounds the
+    weight to bf16, as F.linear would take it.
+    "int8": for normal x, y is off by 0.55 % (root mean square).
+    Same bits for any number of threads. Differentiable in x and bias; the gradient is that of the
+    exact product.
     """
     op = "quantized_linear"
     try:
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             x, bias = autocast(x, bias)
         int8 = _MODES[activations]
-        packed = qweight.outputs is not None
-        backend = choose(op, x, packed=packed, group_size=qweight.group_size)
+        values, scale, minimum, _, group_size, outputs = qweight
+        key = (x.is_cpu or x.device, x.dtype, outputs is not None, group_size)
+        backend = _chosen.get(key) or _choose(key, x)
         if backend == "cpu":  # the binding checks the shapes, for calls of a few microseconds
-            if needs_grad(x, bias):
+            if is_grad_enabled() and needs_grad(x, bias):
                 return _QuantizedLinear.apply(x, qweight, bias, int8)
-            return _run(x, qweight, bias, int8)
+            own = _own if is_dynamo_compiling() else _own_direct
+            return own(x, values, scale, minimum, bias, outputs, int8)
     except Exception:
         _check(op, x, qweight, bias, activations)  # names the argument at fault
         raise
@@ -164,6 +181,12 @@ def quantized_linear(
 
 
 _MODES = {"exact": False, "int8": True}
+_chosen, _own_direct = memory(), direct(_own)
+
+
+def _choose(key: tuple[Any, ...], x: Tensor) -> str:
+    chosen = choose("quantized_linear", x, packed=key[2], group_size=key[3])
+    return remember(_chosen, key, chosen)
 
 
 def _check(op: str, x: object, qweight: object, bias: object, activations: object) -> None:
