@@ -137,7 +137,7 @@ def test_matches_float64(backend, dtype, form, rows):
 
 @pytest.mark.parametrize("backend", ops.implementations("quantized_linear"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("outputs", [1, 7, 17, 70])
+@pytest.mark.parametrize("outputs", [1, 17])
 def test_large_and_small_neighbours(backend, dtype, outputs):
     """Activations as models have them: a few channels a thousand times the others."""
     x = torch.randn(3, 256)
