@@ -13,10 +13,11 @@ from fastlm.ops import _product
 from fastlm.ops.activation import KINDS
 from fastlm.testing import check
 
-# x's leading dimensions, width, hidden width, width of the result
+# x's leading dimensions, width, hidden width, width of the result; one hidden element would judge
+# the activation at one place only
 SHAPES = [
-    ((1,), 1, 1, 1),
-    ((1,), 3, 5, 2),
+    ((1,), 1, 40, 1),
+    ((1,), 3, 21, 2),
     ((2, 3), 24, 50, 17),
     ((7,), 33, 97, 31),
     ((1,), 333, 490, 471),
