@@ -49,23 +49,27 @@ void parallel_panels(int64_t rows, int64_t in, int64_t out, int64_t panel, DType
   parallel_rows(panels, panel * in * size * (1 + rows / 8), f);
 }
 
-// Whether linear's kernel reads these weights where they lie.
+// Whether a weight's rows lie densely; a dimension of size 1 may carry any stride.
+inline bool has_dense_rows(const Tensor& w) { return w.stride(1) == 1 || w.size(1) == 1; }
+
+// Whether linear's kernel reads these weights transposed, where they lie.
 inline bool is_transposed(const Tensor& w, int64_t rows) {
-  return w.stride(1) != 1 && w.stride(0) == 1 && rows <= kLinearFewRows;
+  return !has_dense_rows(w) && w.stride(0) == 1 && rows <= kLinearFewRows;
 }
 
 // The weights in a layout that the kernel reads for so many rows.
 inline Tensor readable(const Tensor& w, int64_t rows, const LinearKernels& kernels) {
-  return w.stride(1) == 1 || is_transposed(w, rows) ? w : packed(w, kernels);
+  return has_dense_rows(w) || is_transposed(w, rows) ? w : packed(w, kernels);
 }
 
 // y [rows, out] = x [rows, in] w^T + bias for contiguous x, y and bias.
 inline void run_product(const LinearKernels& kernels, const void* x, int64_t rows, const Tensor& w_,
                         const std::optional<Tensor>& bias, void* y) {
   const Tensor w = readable(w_, rows, kernels);
-  const LinearForward args{x,           w.const_data_ptr(), data_or_null(bias), y,
-                           rows,        w.size(1),          w.size(0),          w.stride(0),
-                           w.stride(1), dtype_of(w)};
+  const int64_t stride_in = is_transposed(w, rows) ? w.stride(1) : 1;
+  const LinearForward args{x,         w.const_data_ptr(), data_or_null(bias), y,
+                           rows,      w.size(1),          w.size(0),          w.stride(0),
+                           stride_in, dtype_of(w)};
   parallel_panels(rows, args.in, args.out, kernels.panel, args.dtype,
                   [&](int64_t begin, int64_t end) { kernels.forward(args, begin, end); });
 }

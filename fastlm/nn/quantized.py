@@ -72,7 +72,8 @@ class QuantizedLinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        return ops.quantized_linear(x, self.qweight, self.bias, activations=self.activations)
+        bias = self._parameters["bias"]
+        return ops.quantized_linear(x, self.qweight, bias, activations=self.activations)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Follows the model to another device, but keeps the scales fp16."""

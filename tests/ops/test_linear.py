@@ -184,3 +184,20 @@ def test_bad_input_names_the_argument(rows, x, w, bias, error, text):
         x = x[:1].expand(rows, 4)
     with pytest.raises(error, match=text):
         ops.linear(x, w, bias)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 96])
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (1, 1)], ids=str)
+def test_one_column_has_any_stride(rows, shape):
+    """A dimension of size 1 may carry any stride: transposes of gates to one output do."""
+    if "cpu" not in ops.implementations("linear"):
+        pytest.skip("no native kernels")
+    w = torch.randn(shape).t()
+    x = torch.randn(rows, w.shape[1])
+    with ops.use_backend("cpu"):
+        made = ops.linear(x, w)
+    torch.testing.assert_close(made, x @ w.t())
+    odd = torch.randn(shape[0] * 7, shape[1] * 5)[::7, ::5]
+    with ops.use_backend("cpu"):
+        made = ops.linear(torch.ones(rows, shape[1]), odd)
+    torch.testing.assert_close(made, odd.sum(1).expand(rows, -1))
