@@ -1,7 +1,12 @@
-"""quantized_linear: cases. The peer multiplies the same weight, dequantized beforehand."""
+"""quantized_linear: cases.
+
+Eager multiplies the same weight, dequantized beforehand. Further peers: our kernel with activations
+of 8 bits, and PyTorch's own products with integer weights, which take bf16 and other scales.
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 
 from benchmarks.case import DTYPES, Case, Work, randn, size
@@ -15,11 +20,16 @@ def case(dtype: str, bits: int, rows: int, k: int, n: int):
     def build() -> Work:
         qweight = ops.quantize_weight(randn("fp32", n, k, scale=k**-0.5), bits)
         w = qweight.dequantize(DTYPES[dtype])
+        peers = {"int8": lambda x: ops.quantized_linear(x, qweight, activations="int8")}
+        if dtype == "bf16" and bits == 8:
+            values, scale = qweight.unpack().values, torch.rand(n).bfloat16()
+            peers["int8pack"] = lambda x: torch._weight_int8pack_mm(x, values, scale)
         return Work(
             (randn(dtype, rows, k),),
             lambda x: ops.quantized_linear(x, qweight),
             lambda x: F.linear(x, w),
             lambda x: reference.quantized_linear(x, qweight),
+            peers,
         )
 
     return Case(
