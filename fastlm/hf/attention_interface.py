@@ -47,7 +47,7 @@ _HARMLESS = frozenset(
 
 
 # What decode_attention has a kernel for; its reference would be slower than SDPA.
-_DECODED = (torch.float32, torch.bfloat16)
+_DECODED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def register() -> None:
