@@ -2,7 +2,7 @@
 
 Up to 16 rows the own kernel wins everywhere. Beyond, processors differ: MKL takes a generic path on
 AMD, Intel has tile units for bf16. So the first product of more rows measures both once (about
-30 ms, cached for the process and its thread count). FASTLM_BACKEND=cpu or torch leaves no choice.
+60 ms, cached for the process and its thread count). FASTLM_BACKEND=cpu or torch leaves no choice.
 
 PyTorch also carries oneDNN's fp32 linear (torch.ops.mkldnn._linear_pointwise). It is not used: it
 adds up all of k in one chain, with 2 to 4 times the error of F.linear, which is over the budget,
@@ -26,7 +26,7 @@ from fastlm.ops._library import define
 FEW = 16  # rows up to which the weights' traffic decides, not the arithmetic
 SOME, MANY = 64, 256  # rows at which both are measured
 _SIDE = 512  # of the measured weight
-_ROUNDS, _BUDGET_S = 5, 0.05  # the second ends the measurement early on a loaded machine
+_ROUNDS, _BUDGET_S = 9, 0.15  # the second ends the measurement early on a loaded machine
 _MARGIN = 0.97  # the own kernel must be at least this much faster, so that noise decides less
 
 
