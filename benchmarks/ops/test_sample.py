@@ -33,7 +33,7 @@ def case(dtype: str, rows: int, vocab: int, top_k: int | None, top_p: float | No
 
     def build() -> Work:
         logits = randn(dtype, rows, vocab, scale=4.0)
-        uniform = torch.rand(rows, dtype=torch.float64)
+        uniform = 0.75 * torch.rand(rows, dtype=torch.float64)  # below 1 when jittered
         return Work(
             (logits, uniform),
             lambda logits, uniform: ops.sample(logits, uniform, **options),
