@@ -50,6 +50,7 @@ def experts_forward(kind: str | None) -> Callable[..., Any]:
 
     Each expert that was chosen runs once, over the tokens that chose it; a token's results are
     added up in the order of its choices, so that the sum does not depend on the other tokens.
+    With gradients on, and while compiling, the class's own forward runs.
     """
 
     def forward(
@@ -58,6 +59,7 @@ def experts_forward(kind: str | None) -> Callable[..., Any]:
         tensors = self._parameters
         if (
             is_dynamo_compiling()  # which expert runs is known to the data only
+            or torch.is_grad_enabled()  # a grouped product has the quicker backward pass
             or self._is_expert_parallel
             or any(type(p) not in (nn.Parameter, Tensor) for p in tensors.values())
         ):
@@ -69,18 +71,18 @@ def experts_forward(kind: str | None) -> Callable[..., Any]:
         hit = [e for e, count in enumerate(counts) if count]
         made = []
         rows = x.split([counts[e] for e in hit])
-        parts = {name: _parts(tensor, hit) for name, tensor in tensors.items()}
-        for i, block in enumerate(rows):
-            up, down = parts["gate_up_proj"][i], parts["down_proj"][i]
+        up_bias, down_bias = tensors.get("gate_up_proj_bias"), tensors.get("down_proj_bias")
+        for e, block in zip(hit, rows, strict=True):
+            up, down = tensors["gate_up_proj"][e], tensors["down_proj"][e]
             if self.is_transposed:
                 up, down = up.t(), down.t()
-            bias = parts["gate_up_proj_bias"][i] if "gate_up_proj_bias" in parts else None
+            bias = None if up_bias is None else up_bias[e]
             inner = ops.linear(block, up, bias)
             if kind is None:
                 inner = self._apply_gate(inner)
             else:
                 inner = ops.gated_activation(inner, None, kind)
-            bias = parts["down_proj_bias"][i] if "down_proj_bias" in parts else None
+            bias = None if down_bias is None else down_bias[e]
             made.append(ops.linear(inner, down, bias))
         if not made:
             return torch.zeros_like(hidden_states)
@@ -91,11 +93,3 @@ def experts_forward(kind: str | None) -> Callable[..., Any]:
         return summed.to(hidden_states.dtype)
 
     return forward
-
-
-def _parts(tensor: Tensor, hit: list[int]) -> list[Tensor]:
-    """The experts' slices; for gradients by one operation, whose backward is one too."""
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        every = tensor.unbind(0)
-        return [every[e] for e in hit]
-    return [tensor[e] for e in hit]
