@@ -38,36 +38,44 @@ def render(content: dict, *, headlines: bool = False) -> str:
 
 
 def _ops(content: dict, headlines: bool) -> str:
-    timed = [case for case in content["cases"] if case["status"] == "timed"]
-    peers = list(dict.fromkeys(name for case in timed for name in case["ratios"]))
-    dtypes = list(dict.fromkeys(case["dtype"] for case in timed))
     rows: dict[tuple[str, str, str], dict[str, dict]] = {}
-    for case in timed:
+    shown = []
+    for case in content["cases"]:
         key = (case["op"], case["shape"], case["direction"])
-        if not headlines or key in HEADLINES:
+        if case["status"] == "timed" and (not headlines or key in HEADLINES):
             rows.setdefault(key, {})[case["dtype"]] = case
+            shown.append(case)
+    dtypes = list(dict.fromkeys(case["dtype"] for case in shown))
+    # eager has a column; peers that few operators have share one
+    every = dict.fromkeys(name for case in shown for name in case["ratios"])
+    peers = [name for name in every if all(name in case["ratios"] for case in shown)]
+    others = [name for name in every if name not in peers]
 
     header = ["operator", "shape", "pass"]
     for dtype in dtypes:
-        header += [dtype, *(f"against {peer}" for peer in peers), "of the floor"]
+        header += [dtype, *(f"against {peer}" for peer in peers)]
+        header += [*(["against others"] if others else []), "of the floor"]
     body = []
     for (op, shape, direction), by_dtype in rows.items():
         cells = [f"`{op}`", shape, direction]
         for dtype in dtypes:
-            cells += _cells(by_dtype.get(dtype), peers)
+            cells += _cells(by_dtype.get(dtype), peers, others)
         body.append(cells)
     table = _table(header, body, left=3)
     return "\n\n".join(part for part in (_origin(content), table, _notes(content)) if part)
 
 
-def _cells(case: dict | None, peers: Sequence[str]) -> list[str]:
+def _cells(case: dict | None, peers: Sequence[str], others: Sequence[str]) -> list[str]:
     if case is None:
-        return ["-"] * (len(peers) + 2)
+        return ["-"] * (len(peers) + bool(others) + 2)
     plain = case.get("plain_malloc", {}).get("ratios", {})
     cells = [_duration(case["times_us"]["ours"]["median"])]
     for peer in peers:
-        ratio = f"**{case['ratios'][peer]:.2f}x**" if peer in case["ratios"] else "-"
+        ratio = f"**{case['ratios'][peer]:.2f}x**"
         cells.append(ratio + (f" ({plain[peer]:.1f}x)" if peer in plain else ""))
+    if others:
+        given = [f"{name} {case['ratios'][name]:.2f}x" for name in others if name in case["ratios"]]
+        cells.append(", ".join(given) or "-")
     return [*cells, f"{case['share_of_floor']:.0%}"]
 
 
