@@ -255,27 +255,35 @@ STEMS = (
 def page(rows: list[Row]) -> str:
     """The table as docs/architectures.md shows it."""
     done = sum(row.ok for row in rows)
+    timed = any(row.forward is not None for row in rows)
     lines = [
         "# Architectures",
         "",
-        "Made by `python tools/architectures.py --speed --write`; not to be edited by hand.",
+        f"Made by `python tools/architectures.py {'--speed ' if timed else ''}--write`; not to be"
+        " edited by hand.",
         "",
         f"{len(rows)} decoders of transformers {transformers.__version__}, torch"
         f" {torch.__version__}, each built small with random weights in fp32; {done} verified:"
         " logits, loss and every gradient of the patched model against float64, beside the"
-        " original's own error.",
-        "The numbers count replaced modules in two layers. The last columns say how many times as"
-        " fast as the original a larger model (width 512) runs 256 tokens, forward and in a"
-        " training step, on this machine's CPU"
-        f" ({torch.get_num_threads()} threads).",
+        " original's own error. The numbers count replaced modules in two layers.",
+    ]
+    if timed:
+        lines.append(
+            "The last columns say how many times as fast as the original a larger model (width 512)"
+            " runs 256 tokens, forward and in a training step, on this machine's CPU"
+            f" ({torch.get_num_threads()} threads)."
+        )
+    lines += [
         "",
-        f"| architecture | {' | '.join(f'`{s}`' for s in STEMS)} | verified | forward | step |",
-        f"|---|{'---:|' * len(STEMS)}---|---:|---:|",
+        f"| architecture | {' | '.join(f'`{s}`' for s in STEMS)} | verified |"
+        + (" forward | step |" if timed else ""),
+        f"|---|{'---:|' * len(STEMS)}---|" + ("---:|---:|" if timed else ""),
     ]
     for row in rows:
-        counts = " | ".join(str(row.replaced.get(stem, "-")) for stem in STEMS)
-        times = " | ".join("" if t is None else f"{t:.2f}x" for t in (row.forward, row.step))
-        lines.append(f"| {row.name} | {counts} | {row.verified} | {times} |")
+        cells = [row.name, *(str(row.replaced.get(stem, "-")) for stem in STEMS), row.verified]
+        if timed:
+            cells += ["" if t is None else f"{t:.2f}x" for t in (row.forward, row.step)]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Left alone, and why", ""]
     lines += [f"- **{row.name}**: {'; '.join(row.kept)}" for row in rows if row.kept]
     return "\n".join(lines) + "\n"
