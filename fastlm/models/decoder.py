@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastlm import nn, ops
 from fastlm.models.cache import KVCache
@@ -57,13 +58,14 @@ class Block(torch.nn.Module):
         rope: Rope | None = None,
         mask: Tensor | None = None,
         attend: Attend | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x, residual) -> (mlp output, residual), both [B, T, hidden]."""
         if residual is None:
             h, residual = self.attention_norm(x), x
         else:
             h, residual = self.attention_norm(x, residual)
-        h = self.attention(h, rope, mask=mask, attend=attend)
+        h = self.attention(h, rope, mask=mask, attend=attend, cu_seqlens=cu_seqlens)
         h, residual = self.mlp_norm(h, residual)
         return self.mlp(h), residual
 
@@ -80,6 +82,8 @@ class Decoder(torch.nn.Module):
         super().__init__()
         self.config = config
         self.source: Path | GGUFFile | None = None  # the checkpoint it was loaded from
+        # whether training keeps each block's input alone and computes the block again for backward
+        self.activation_checkpointing = False
         self.embed = _embedding(config.vocab, config.hidden)
         learned = config.positions == "learned"
         self.positions = _embedding(config.max_positions, config.hidden) if learned else None
@@ -160,35 +164,50 @@ class Decoder(torch.nn.Module):
         tokens: Tensor,
         *,
         labels: Tensor | None = None,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The logits of the next token after each token, or with labels the mean loss.
+        """The logits of the next token after each token, or with labels or targets the loss.
 
         Args:
             tokens: [B, T] token numbers.
             labels: [B, T] like tokens; labels[:, t + 1] is predicted at t; -100: no loss.
+            targets: [B, T] in place of labels: targets[:, t] is predicted at t.
+            reduction: of the loss over targets: "mean", "sum", or "none" for [B, T] losses.
             mask: [B, T], nonzero for real tokens; only padding on the left needs one (what stands
                 to the right of a token never reaches it). Positions then count the real tokens.
             positions: [T] or [B, T], where the tokens stand; by default from 0, or after the
                 cache's.
+            cu_seqlens: [n + 1] int32, from 0 to B T: where sequences start in the flattened tokens,
+                packed one after the other; none sees another. Positions then count from each
+                start, unless given.
             cache: from `new_cache`; the tokens continue it and are added to it. With a cache
                 nothing is differentiated.
 
         Returns:
-            [B, T, vocab] logits in the weights' dtype, or the loss as a scalar.
+            [B, T, vocab] logits in the weights' dtype, or the loss, a scalar but for "none".
 
         Raises:
             ValueError: a shape that does not fit, a position beyond max_positions.
             TypeError: tokens that are no integers.
         """
-        hidden = self.hidden(tokens, mask=mask, positions=positions, cache=cache)
+        for name, given in (("labels", labels), ("targets", targets)):
+            if given is not None and given.shape != tokens.shape:
+                expected, got = list(tokens.shape), list(given.shape)
+                raise ValueError(f"Decoder: {name} must be {expected} like tokens, got {got}")
+        if labels is not None and (targets is not None or reduction != "mean"):
+            raise ValueError("Decoder: labels come alone, with the mean; give targets instead")
+        hidden = self.hidden(
+            tokens, mask=mask, positions=positions, cu_seqlens=cu_seqlens, cache=cache
+        )
+        if targets is not None:
+            return ops.linear_cross_entropy(hidden, self.head_weight, targets, reduction=reduction)
         if labels is None:
             return self.logits(hidden)
-        if labels.shape != tokens.shape:
-            expected, got = list(tokens.shape), list(labels.shape)
-            raise ValueError(f"Decoder: labels must be {expected} like tokens, got {got}")
         return next_token_loss(hidden, self.head_weight, labels)
 
     def hidden(
@@ -197,6 +216,7 @@ class Decoder(torch.nn.Module):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
@@ -205,6 +225,12 @@ class Decoder(torch.nn.Module):
         `lengths` [B] is for a first prompt of unequal sequences, padded on the right: how many of
         each sequence's tokens the cache keeps. The rest is as in `forward`.
         """
+        if cu_seqlens is not None:
+            if mask is not None or cache is not None:
+                raise ValueError("Decoder: cu_seqlens come without mask and cache")
+            places = self._packed_positions(tokens, positions, cu_seqlens)
+            flat = self._hidden(tokens.reshape(1, -1), places, None, None, None, cu_seqlens)
+            return flat.view(*tokens.shape, -1)
         where = self._positions(tokens, mask, positions, cache, lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             return self._hidden(tokens, where, mask, cache, lengths)
@@ -216,6 +242,7 @@ class Decoder(torch.nn.Module):
         mask: Tensor | None,
         cache: KVCache | None,
         lengths: Tensor | None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         x = self.embed(tokens)
         if self.positions is not None:
@@ -225,9 +252,11 @@ class Decoder(torch.nn.Module):
         if cache is not None:
             cache.begin(tokens.shape[1])
         residual: Tensor | None = None
+        again = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             attend = None if cache is None else partial(cache.attend, i)
-            x, residual = block(x, residual, rope, visible, attend)
+            call = partial(checkpoint, block, use_reentrant=False) if again else block
+            x, residual = call(x, residual, rope, visible, attend, cu_seqlens)
         if cache is not None:
             cache.end(tokens.shape[1], lengths)
         return self.norm(x, residual)[0]
@@ -275,6 +304,21 @@ class Decoder(torch.nn.Module):
         if mask is not None:
             return (mask.long().cumsum(1) - 1).clamp(min=0)
         return slice(0, count) if cache is None else cache.positions(count)
+
+    def _packed_positions(
+        self, tokens: Tensor, positions: Tensor | None, cu_seqlens: Tensor
+    ) -> Tensor:
+        """[1, B T]: where packed tokens stand in their sequences."""
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1:
+            raise ValueError(f"Decoder: cu_seqlens must be [n + 1], got {cu_seqlens!r}")
+        if positions is None:
+            places = torch.arange(tokens.numel(), device=tokens.device)
+            starts = cu_seqlens.long()
+            positions = places - starts[torch.searchsorted(starts, places, right=True) - 1]
+            positions = positions.view(tokens.shape)
+        where = self._positions(tokens, None, positions, None, None)
+        assert isinstance(where, Tensor)
+        return where.expand(tokens.shape).reshape(1, -1)
 
     def new_cache(self, batch: int = 1, capacity: int = 256) -> KVCache:
         """An empty cache for `batch` sequences of this model."""

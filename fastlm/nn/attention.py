@@ -61,6 +61,7 @@ class SelfAttention(torch.nn.Module):
         *,
         mask: Tensor | None = None,
         attend: Attend | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """[B, T, hidden] -> [B, T, hidden].
 
@@ -70,10 +71,16 @@ class SelfAttention(torch.nn.Module):
             mask: as in `fastlm.ops.attention`, beside the causal one.
             attend: computes [B, heads, T, head_dim] from q, k, v in place of causal attention
                 among the tokens of x; a cache of earlier keys and values enters here.
+            cu_seqlens: [n + 1] int32, for x [1, T, hidden]: where sequences start, packed one after
+                the other; none sees another.
         """
         q, k, v = split_heads(self.qkv(x), self.heads, self.kv_heads)
         if rope is not None:
             q, k = ops.rope(q, k, *rope)  # type: ignore[assignment]
+        if cu_seqlens is not None:
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            out = ops.attention(q, k, v, causal=True, window=self.window, cu_seqlens_q=cu_seqlens)
+            return self.out(out.flatten(1)[None])
         if attend is None:
             out = ops.attention(q, k, v, causal=True, window=self.window, mask=mask)
         else:

@@ -1,0 +1,1 @@
+"""Text for language models: cleaned, tokenised, packed into batches."""

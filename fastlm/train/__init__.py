@@ -1,0 +1,1 @@
+"""Training: one loop for pre-training, continued training and fine-tuning."""
