@@ -148,7 +148,7 @@ MAY_IMPORT = {
     "ops": BASE | {"ops", "reference", "triton"},
     "nn": BASE | {"nn", "ops", "reference"},
     "models": BASE | {"models", "nn", "ops", "reference", "hf"},
-    "data": BASE | {"data"},
+    "data": BASE | {"data", "hf"},
 }
 
 
