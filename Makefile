@@ -5,7 +5,7 @@ CPP = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.c
 RUN = PYTHONPATH=$(CURDIR) $$PY
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench build clean
+.PHONY: help demo test lint format bench gpu build clean
 
 help: ## this list
 	@echo "make TARGET, on a machine with Python >= 3.10, g++ and a package index:"
@@ -28,6 +28,10 @@ format: ## rewrites the sources the way lint wants them
 
 bench: ## times every operator against PyTorch, each result checked first
 	@$(SETUP) bench) && $(RUN) -m benchmarks $(ARGS)
+
+gpu: ## on a machine with an NVIDIA GPU: builds for it, tests, measures (RESULTS=dir STAGES=test,bench)
+	@$(PYTHON) tools/gpu.py $(if $(RESULTS),--results "$(RESULTS)") \
+	  $(if $(STAGES),--stages "$(STAGES)") $(ARGS)
 
 build: ## compiles the native kernels that changed
 	@$(SETUP)) && echo "built; Python: $$PY"

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import results_file
+from benchmarks import gpu_report, results_file
 from benchmarks.machine import ROOT
 
 # What README shows of the operators: the shapes the project promises.
@@ -34,6 +34,8 @@ def render(content: dict, *, headlines: bool = False) -> str:
     """The Markdown of a result file."""
     if content.get("kind") == "demo":
         return _demo(content)
+    if content.get("kind") == "gpu":
+        return gpu_report.render(content)
     return _ops(content, headlines)
 
 
