@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +46,20 @@ def _load() -> None:
         cuda_loaded = True
     except OSError as error:
         cuda_error = f"{library.name}: {error}"
+
+
+@lru_cache
+def triton_error() -> str | None:
+    """Why Triton's kernels cannot run here, found without importing Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # built for another vendor, under another name
+        return None
+    if tuple(map(int, version.split(".")[:2])) < (3, 6):
+        return f"needs Triton 3.6 or newer, found {version}"
+    return None
 
 
 _load()

@@ -45,6 +45,7 @@ def explain(op_or_model: str | Callable[..., Any], *args: Any, **kwargs: Any) ->
     rms_norm on cpu, float16, weight=None: reference
       cuda      serves cuda tensors, not cpu
       cpu       takes float32, bfloat16, not float16
+      triton    serves cuda tensors, not cpu
     """
     called = bool(args or kwargs)
     if isinstance(op_or_model, str):

@@ -9,6 +9,8 @@ FASTLM_CPU_ISA     Forces one CPU instruction set: ``baseline``, ``avx2``, ``avx
                    ``avx512bf16``. An unknown or unsupported one raises.
 FASTLM_MALLOC      ``keep`` tells glibc to keep freed memory (`fastlm.keep_freed_memory`).
 FASTLM_QUIET       ``1`` silences the one warning given when no native kernels are present.
+TRITON_INTERPRET   Triton's own: ``1`` runs its kernels in Python, slowly. The backend
+                   ``triton`` then serves CPU tensors too; the tests use it.
 =================  ==========================================================================
 
 Read by the build only (``build_support/native.py``): ``FASTLM_CUDA`` (``0``, ``1``, ``auto``),
@@ -42,3 +44,8 @@ def keep_memory() -> bool:
 def quiet() -> bool:
     """Whether the warning about missing native kernels is off."""
     return os.environ.get("FASTLM_QUIET") == "1"
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -106,6 +106,15 @@ def test_every_kernel_file_has_its_header():
             assert f"// {field:<10} " in header, f"{short(file)}: no {field!r} in its header"
 
 
+def test_every_triton_kernel_has_its_header():
+    kernels = [f for f in (PACKAGE / "triton").glob("*.py") if "\n@kernel(" in f.read_text()]
+    assert kernels
+    for file in kernels:
+        header = ast.get_docstring(ast.parse(file.read_text())) or ""
+        for field in FIELDS:
+            assert f"\n{field:<10} " in header, f"{short(file)}: no {field!r} in its docstring"
+
+
 def test_nothing_is_left_for_later():
     mark = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|raise NotImplementedError|mark\.(xfail|flaky)")
     for file in SOURCES:

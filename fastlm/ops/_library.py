@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from fastlm import _ext  # noqa: F401  (importing it loads the kernels)
+from fastlm import _ext, settings  # noqa: F401  (importing _ext loads the kernels)
 
 _library = torch.library.Library("fastlm", "DEF")
+_defined: dict[Any, tuple[str, Callable[..., Any]]] = {}  # operator -> schema, shape function
 
 
 def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,7 +22,39 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     name = schema[: schema.index("(")]
     _library.define(schema)
     torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastlm, name).default
+    operator = getattr(torch.ops.fastlm, name).default
+    _defined[operator] = schema, fake
+    return operator
+
+
+def by_backend(stem: str, operator: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """The operator by the name of the backend, for rows that list "triton".
+
+    One overload holds the native kernels, told apart by the device of the tensors. Triton's serve
+    the same device as the CUDA kernels, so they are an overload of their own, `fastlm::X.triton`:
+    the function X of fastlm/triton/<stem>.py, imported with the first call.
+    """
+    schema, fake = _defined[operator]
+    name, open_bracket, rest = schema.partition("(")
+    overload = f"{name}.triton"
+    _library.define(overload + open_bracket + rest)
+    torch.library.register_fake(f"fastlm::{overload}", fake, lib=_library)
+    for device in ("CUDA", "CPU") if settings.interpreted() else ("CUDA",):
+        _library.impl(overload, _imported_late(stem, name), device)
+    triton = getattr(torch.ops.fastlm, name).triton
+    return {"cpu": operator, "cuda": operator, "triton": triton}
+
+
+def _imported_late(stem: str, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] | None = None
+
+    def run(*args: Any) -> Any:
+        nonlocal function
+        if function is None:
+            function = getattr(importlib.import_module(f"fastlm.triton.{stem}"), name)
+        return function(*args)
+
+    return run
 
 
 def direct(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,22 +6,32 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import _checks
-from fastlm.ops._registry import native
+from fastlm.ops._registry import Unsupported, native
 
 _NATIVE = native(torch.float32, torch.bfloat16)
+_TRITON = native(torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported(
-    dtype: torch.dtype, *, weight: torch.dtype | None, bias: torch.dtype | None = None
+    dtype: torch.dtype,
+    *,
+    weight: torch.dtype | None,
+    bias: torch.dtype | None = None,
+    types: Unsupported = _NATIVE,
 ) -> list[str]:
     """Why the native kernels cannot take these element types."""
-    reasons = _NATIVE(dtype)
+    reasons = types(dtype)
     for name, other in (("weight", weight), ("bias", bias)):
         if not reasons and other not in (None, dtype, torch.float32):
             reasons.append(f"takes a {name} of {dtype} or torch.float32, not {other}")
     if not reasons and bias not in (None, weight):
         reasons.append(f"takes a bias beside a weight of its type, not {bias} beside {weight}")
     return reasons
+
+
+def triton_unsupported(dtype: torch.dtype, **facts: torch.dtype | None) -> list[str]:
+    """Why the Triton kernels cannot: they take fp16 too."""
+    return unsupported(dtype, **facts, types=_TRITON)
 
 
 def check(op: str, x: Tensor, residual: Tensor | None, **vectors: Tensor | None) -> None:

@@ -76,6 +76,12 @@ def forced() -> str | None:
     return _forced
 
 
+def triton(unsupported: Unsupported, slower: Unsupported | None = None) -> Backend:
+    """The backend "triton": after "cuda" and "cpu" in a row's list, so that theirs come first."""
+    devices = ("cuda", "cpu") if settings.interpreted() else ("cuda",)
+    return Backend("triton", devices, unsupported, *((slower,) if slower else ()))
+
+
 def implementations(stem: str, device: str = "cpu") -> list[str]:
     """The backends of an operator that serve a device type and are present here."""
     return [b.name for b in _backends[stem] if not absent(stem, b, device)]
@@ -130,6 +136,8 @@ def absent(stem: str, backend: Backend, device: str) -> Reasons:
         return ["the native kernels were built before this operator had any: build again"]
     if backend.name == "cuda" and not _ext.cuda_loaded:
         return [_ext.cuda_error or "no CUDA kernels"]
+    if backend.name == "triton" and (reason := _ext.triton_error()):
+        return [reason]
     return []
 
 

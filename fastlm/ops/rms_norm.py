@@ -9,21 +9,21 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
-from fastlm.ops._library import define, direct, needs_grad
-from fastlm.ops._norm import check, empty_like, empty_vector, unsupported
-from fastlm.ops._registry import Backend, choose, memory, register, remember
+from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._norm import check, empty_like, empty_vector, triton_unsupported, unsupported
+from fastlm.ops._registry import Backend, choose, memory, register, remember, triton
 
 register(
     "rms_norm",
     Backend("cuda", ("cuda",), unsupported),
     Backend("cpu", ("cpu",), unsupported),
+    triton(triton_unsupported),
 )
 
 _forward = define(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor",
     lambda x, weight, eps, offset: empty_like(x),
 )
-_forward_direct = direct(_forward)
 _add_forward = define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset)"
     " -> (Tensor, Tensor)",
@@ -35,36 +35,49 @@ _backward = define(
     lambda grad, grad_summed, x, weight, eps, offset: (empty_like(x), empty_vector(x, weight)),
 )
 
+_FORWARD = by_backend("rms_norm", _forward)
+_DIRECT = {name: direct(operator) for name, operator in _FORWARD.items()}
+_ADD_FORWARD = by_backend("rms_norm", _add_forward)
+_BACKWARD = by_backend("rms_norm", _backward)
+
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, backend: str
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps, ctx.offset = eps, offset
-        return _forward(x, weight, eps, offset)
+        ctx.eps, ctx.offset, ctx.backend = eps, offset, backend
+        return _FORWARD[backend](x, weight, eps, offset)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        dx, dw = _backward(grad, None, x, weight, ctx.eps, ctx.offset)
-        return dx, None if weight is None else dw, None, None
+        dx, dw = _BACKWARD[ctx.backend](grad, None, x, weight, ctx.eps, ctx.offset)
+        return dx, None if weight is None else dw, None, None, None
 
 
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        offset: float,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        y, summed = _add_forward(x, residual, weight, eps, offset)
+        y, summed = _ADD_FORWARD[backend](x, residual, weight, eps, offset)
         ctx.save_for_backward(summed, weight)
-        ctx.eps, ctx.offset = eps, offset
+        ctx.eps, ctx.offset, ctx.backend = eps, offset, backend
         return y, summed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_summed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         summed, weight = ctx.saved_tensors
-        dx, dw = _backward(grad, grad_summed, summed, weight, ctx.eps, ctx.offset)
-        return dx, dx, None if weight is None else dw, None, None
+        dx, dw = _BACKWARD[ctx.backend](grad, grad_summed, summed, weight, ctx.eps, ctx.offset)
+        return dx, dx, None if weight is None else dw, None, None, None
 
 
 @overload
@@ -126,12 +139,12 @@ def rms_norm(
             )
         if residual is None:
             if is_grad_enabled() and needs_grad(x, weight):
-                return _RmsNorm.apply(x, weight, eps, weight_offset)
-            forward = _forward if is_dynamo_compiling() else _forward_direct
+                return _RmsNorm.apply(x, weight, eps, weight_offset, backend)
+            forward = (_FORWARD if is_dynamo_compiling() else _DIRECT)[backend]
             return forward(x, weight, eps, weight_offset)
         if is_grad_enabled() and needs_grad(x, weight, residual):
-            return _AddRmsNorm.apply(x, residual, weight, eps, weight_offset)
-        return _add_forward(x, residual, weight, eps, weight_offset)
+            return _AddRmsNorm.apply(x, residual, weight, eps, weight_offset, backend)
+        return _ADD_FORWARD[backend](x, residual, weight, eps, weight_offset)
     except (AttributeError, RuntimeError):
         check("rms_norm", x, residual, weight=weight)  # the kernel refused: say which argument
         raise

@@ -1,0 +1,125 @@
+"""How each kernel is cut, per architecture: data, never tuned at run time.
+
+A tuner at run time is slow, and makes results differ between runs and between ranks. A table maps
+the size that matters to a kernel (its docstring says which) to the first row whose bound holds.
+No row has been measured on a GPU yet: they come from register and shared memory budgets
+(tests/triton/registers.json) and from published sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ANY = 2**62  # a bound that always holds
+
+
+class Config(NamedTuple):
+    """How one kernel runs.
+
+    What the sizes in `tile` mean is the kernel's matter; of one with products the first is the rows
+    of a product (from 64 on, tools/compile_kernels.py expects wgmma on sm_90).
+    """
+
+    tile: tuple[int, ...]
+    warps: int = 4
+    stages: int = 1  # loads under way ahead of their use, in loops
+
+
+Rows = list[tuple[int, Config]]
+
+# Elements of a tile. Rows above the last bound are worked through tile by tile.
+_NORM: Rows = [
+    (256, Config((2048,), 4)),
+    (2048, Config((2048,), 4)),
+    (4096, Config((4096,), 4)),
+    (8192, Config((8192,), 8)),
+    (16384, Config((16384,), 16)),
+    (ANY, Config((4096,), 8)),
+]
+# Elements of a tile, and programs per multiprocessor: each keeps its share of the weight gradient
+# in registers.
+_NORM_BACKWARD: Rows = [
+    (256, Config((1024, 8), 4)),
+    (1024, Config((1024, 8), 4)),
+    (2048, Config((2048, 4), 4)),
+    (4096, Config((4096, 2), 8)),
+    (8192, Config((8192, 1), 16)),
+    (ANY, Config((4096, 4), 8)),
+]
+
+# Rows and columns of a tile; partial sums are added up in it too
+_NORM_WEIGHT_GRADIENT: Rows = [(ANY, Config((16, 128), 4))]
+
+TABLE: dict[str, dict[str, Rows]] = {
+    "norm": {"": _NORM},
+    "norm_backward": {"": _NORM_BACKWARD},
+    "norm_weight_gradient": {"": _NORM_WEIGHT_GRADIENT},
+}
+
+_assumed: str | None = None
+_overrides: dict[str, Config] = {}
+
+
+def select(name: str, size: int, device: int) -> Config:
+    """The configuration of the kernel `name` for its size on a device, by index."""
+    if _overrides and name in _overrides:
+        return _overrides[name]
+    return _select(name, size, architecture(device))
+
+
+@lru_cache(4096)
+def _select(name: str, size: int, arch: str) -> Config:
+    tables = TABLE[name]
+    rows = tables[arch] if arch in tables else tables[""]
+    return next(config for bound, config in rows if size <= bound)
+
+
+def architecture(device: int) -> str:
+    """The name under which the tables hold a device, the nearest one that stands in them."""
+    return _assumed or _architecture(device)
+
+
+@lru_cache
+def _architecture(device: int) -> str:
+    if device < 0:  # the interpreter
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # sm_12x has the shared memory of sm_8x
+
+
+@lru_cache
+def multiprocessors(device: int) -> int:
+    """How many multiprocessors a device has; three in the interpreter."""
+    if device < 0:
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@contextlib.contextmanager
+def assume(arch: str) -> Iterator[None]:
+    """Chooses as for an architecture, whatever is here."""
+    global _assumed
+    _assumed = arch
+    try:
+        yield
+    finally:
+        _assumed = None
+
+
+@contextlib.contextmanager
+def override(**configs: Config) -> Iterator[None]:
+    """Other configurations inside the block: for tests and for the tuner."""
+    _overrides.update(configs)
+    try:
+        yield
+    finally:
+        for name in configs:
+            del _overrides[name]
