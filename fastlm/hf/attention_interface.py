@@ -42,6 +42,8 @@ _HARMLESS = frozenset(
         "softcap",
         "s_aux",
         "position_embeddings",
+        "shift_labels",
+        "ignore_index",
     }
 )
 

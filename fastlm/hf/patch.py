@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm import ops as kernels
-from fastlm.hf import _probe
+from fastlm.hf import _head, _probe
 from fastlm.hf._blocks import Blocks
 from fastlm.hf._experts import match_experts
 from fastlm.hf._feed_forward import match_feed_forward
+from fastlm.hf._head import LOGITS, causal_lm_loss
 from fastlm.hf._modules import (
     Candidate,
     Match,
@@ -34,6 +34,7 @@ STEMS = (
     "feed_forward",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "rms_norm",
     "rope",
 )
@@ -58,9 +59,10 @@ class Patch:
     As a context manager it undoes itself at the end of the block.
     """
 
-    def __init__(self, model: nn.Module, stems: frozenset[str]):
+    def __init__(self, model: nn.Module, stems: frozenset[str], logits: str = "auto"):
         self.model = model
         self.stems = stems
+        self.logits = logits
         self.entries: list[Entry] = []
         self._undo: list[tuple[nn.Module, str, Any, Any]] = []  # module, attribute, before, ours
 
@@ -120,11 +122,22 @@ class Patch:
 
     def _install(self, module: nn.Module, name: str, value: Any) -> None:
         before = module.__dict__.get(name, _ABSENT)
+        for i, (m, n, first, ours) in enumerate(self._undo):
+            if m is module and n == name and ours is before:  # ours for ours
+                before = first
+                del self._undo[i]
+                break
         module.__dict__[name] = value
         self._undo.append((module, name, before, value))
 
 
-def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = False) -> Patch:
+def patch(
+    model: nn.Module,
+    *,
+    ops: Iterable[str] | None = None,
+    strict: bool = False,
+    logits: str = "auto",
+) -> Patch:
     """Makes a Hugging Face model run on fastlm's kernels, in place, until `undo()`.
 
     Only this instance changes: a few of its modules get a `forward` of their own. Classes,
@@ -137,6 +150,10 @@ def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = 
             blocks are then replaced.
         ops: the operators to bring in, by name (`fastlm.hf.patch.STEMS`); all by default.
         strict: raise instead of leaving something alone that looks as if it should be replaced.
+        logits: what a causal language model returns beside a loss. "auto": where gradients are on
+            and the logits are large, they are left out and made when somebody reads them from the
+            output; otherwise they are made as ever. "always": as ever. "never": `out.logits` is
+            None wherever labels are given, also in evaluation.
 
     Returns:
         A Patch: `report()`, `undo()`, and a context manager. Patching a patched model adds what is
@@ -144,7 +161,7 @@ def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = 
 
     Raises:
         TypeError: model is no torch.nn.Module, or is compiled already.
-        ValueError: an unknown name in ops.
+        ValueError: an unknown name in ops, or logits none of the three.
         RuntimeError: strict, and something was left alone; the model is then as it was.
 
     >>> with patch(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))) as p:
@@ -157,8 +174,9 @@ def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = 
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
         raise TypeError("patch: model must not be compiled yet: patch it, then torch.compile it")
-    wanted = _stems(ops)
-    made = Patch(model, wanted)
+    if logits not in LOGITS:
+        raise ValueError(f"patch: logits must be one of {', '.join(LOGITS)}, got {logits!r}")
+    made = Patch(model, _stems(ops), logits)
     try:
         _Patcher(made).run()
         if strict:
@@ -222,7 +240,7 @@ class _Patcher:
         for reason in kept:
             self._note(path, module, "kept", reason)
         if isinstance(match, Candidate):
-            self.made._install(module, "forward", types.MethodType(_marked(match), module))
+            self.made._install(module, "forward", types.MethodType(_marked(match.forward), module))
             stems = tuple(s for s in match.stems if s in STEMS)
             self._note(path, module, "replaced", match.text, stems)
         elif match is not None:
@@ -272,7 +290,10 @@ class _Patcher:
 
     def _loss(self, path: str, module: Any) -> None:
         """The loss of a causal language model: a function that transformers keeps per instance."""
-        if "cross_entropy" not in self.wanted or not hasattr(type(module), "loss_function"):
+        fused = "linear_cross_entropy" in self.wanted and self.made.logits != "always"
+        if not (fused or "cross_entropy" in self.wanted):
+            return
+        if not hasattr(type(module), "loss_function"):
             return
         from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
@@ -287,42 +308,40 @@ class _Patcher:
             self._note(path, module, "already", "loss", stems)
         elif own is not None:
             self._note(path, module, "kept", "cross_entropy: it has a loss function of its own")
+            return
         else:
             self.made._install(module, "_loss_function", causal_lm_loss)
             self._note(path, module, "replaced", "cross_entropy (loss_function)", stems)
+        if fused and not is_ours(module.__dict__.get("forward")):
+            self._head(path, module)
+
+    def _head(self, path: str, module: Any) -> None:
+        """Its head, which may leave the making of logits to the loss."""
+        head, stem = module.get_output_embeddings(), "linear_cross_entropy"
+        reason = _head.obstacle(head)
+        if not reason and _head.foreign(module):
+            reason = "another tool has replaced its forward"
+        if not reason:
+            try:
+                _head.confirm(module)
+            except _probe.Mismatch as e:
+                reason = str(e)
+            except Exception as e:
+                reason = f"the trial run failed: {type(e).__name__}: {str(e)[:120]}"
+        if reason:
+            self._note(path, module, "kept", f"{stem}: {reason}")
+            return
+        ours = _head.head_forward if "linear" in self.wanted else _head.own_head_forward
+        whole = _head.model_forward(type(module), self.made.logits)
+        for target, forward in ((head, ours), (module, whole)):
+            self.made._install(target, "forward", types.MethodType(_marked(forward), target))
+        text = f"{stem} (logits: {self.made.logits})"
+        self._note(path, module, "replaced", text, (stem,))
 
 
-def causal_lm_loss(
-    logits: Tensor,
-    labels: Tensor | None,
-    vocab_size: int,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """transformers' ForCausalLMLoss: token n is scored on token n + 1.
-
-    The logits are not copied to fp32 first; the kernel computes in fp32 from what they are.
-    """
-    if shift_labels is None:
-        assert labels is not None
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    target = shift_labels.reshape(-1).to(logits.device)
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = kernels.cross_entropy(
-        logits.reshape(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction
-    )
-    if num_items_in_batch is None:
-        return loss
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss / num_items_in_batch
-
-
-def _marked(match: Candidate) -> Any:
+def _marked(forward: Callable[..., Any]) -> Any:
     """The forward, recognisable as ours. Its name lets pickle fetch the class's own instead."""
-    function: Any = match.forward
+    function: Any = forward
     function.fastlm, function.__name__ = True, "forward"
     return function
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm.hf import _probe
+from fastlm.hf import _head, _probe
 from fastlm.hf._float64 import doubled, float64
 from fastlm.hf.patch import is_ours, patch, pattern, suspended
 from fastlm.testing import FEWEST, Error
@@ -94,6 +94,7 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
     with (
         contextlib.nullcontext() if patched else patch(model),
         _ready(model, gradients) as names,
+        _head.worth(0.0),  # the loss without logits, too
     ):
         replaced = _one_of_each(model)
         with suspended(model):
@@ -272,7 +273,7 @@ def _one_of_each(model: nn.Module) -> list[str]:
     seen: dict[Any, str] = {}
     for path, module in model.named_modules():
         forward = module.__dict__.get("forward")
-        if path and is_ours(forward):
+        if path and is_ours(forward) and not hasattr(forward, "whole"):
             seen.setdefault((type(module), forward.__func__), path)
     return list(seen.values())
 

@@ -10,7 +10,7 @@ import fastlm
 from tools.architectures import ROWS, small
 
 # What a patch of the architecture brings in at least; where nothing is said: everything.
-FULL = {"attention", "linear", "cross_entropy"}
+FULL = {"attention", "linear", "cross_entropy", "linear_cross_entropy"}
 WITHOUT_ATTENTION = {"bloom", "ctrl", "falcon", "gpt_neo", "mpt", "openai-gpt", "xglm"}
 WITHOUT_ATTENTION |= {"codegen", "gptj", "jetmoe"}
 

@@ -12,11 +12,13 @@ from tiny_models import FAMILIES, as_accurate, exactly, tiny, token_numbers
 from torch import nn
 
 import fastlm
+from fastlm.hf._head import worth
 from fastlm.hf.patch import STEMS, suspended
 from fastlm.ops import _registry
 from fastlm.testing import Pool
 
 IDS = token_numbers()
+LOSS = {"cross_entropy", "linear_cross_entropy"}
 
 
 def logits(model, ids=IDS, **kw):
@@ -50,7 +52,7 @@ def test_every_expected_kind_is_replaced(name):
         replaced = {s for e in p.entries if e.state == "replaced" for s in e.stems}
         fused = [e for e in p.entries if "residual add" in e.text]
     norm = {"layer_norm"} if name == "gpt2" else {"rms_norm", "rope", "feed_forward"}
-    assert replaced == {"linear", "attention", "activation", "cross_entropy"} | norm
+    assert replaced == {"linear", "attention", "activation", *LOSS} | norm
     assert len(fused) == 2
 
 
@@ -333,8 +335,13 @@ def test_a_subset_of_the_operators():
 def test_each_operator_alone(stem):
     model = tiny("gpt2" if stem == "layer_norm" else "llama")
     expected, exact = logits(model), exactly(logits, model)
-    with fastlm.patch(model, ops=[stem], strict=True), _registry.recording() as verdicts:
+    with (
+        fastlm.patch(model, ops=[stem], strict=True),
+        _registry.recording() as verdicts,
+        worth(0),
+    ):
         made = logits(model, labels=IDS)
+        assert model(IDS, labels=IDS).loss.requires_grad
     as_accurate(made, expected, exact)
     assert stem == "activation" or stem in {v.stem for v in verdicts}
 
@@ -413,7 +420,7 @@ def test_gate_and_up_are_told_apart_by_their_values(order, act):
 
 def test_report_groups_the_layers():
     text = fastlm.patch(tiny()).report()
-    assert text.startswith("fastlm.patch(LlamaForCausalLM): 29 modules replaced, 0 left alone")
+    assert text.startswith("fastlm.patch(LlamaForCausalLM): 30 modules replaced, 0 left alone")
     assert "model.layers.{0-1}.mlp " in text and "feed_forward (gated silu)" in text
 
 
