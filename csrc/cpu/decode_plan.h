@@ -56,6 +56,11 @@ inline void for_panels(const PlanStep& s, const PlanProduct& p, const void* x, i
     const int64_t count = min_of<int64_t>(panel, end - n);
     if (p.scale != nullptr) {
       quantized_product(s, p, x, n, count, sums);
+    } else if (s.one_sequence) {  // a panel stays in the caches from its first row on
+      for (int64_t b = 0; b < s.batch; ++b) {
+        one_row(static_cast<const T*>(x) + b * p.in, static_cast<const T*>(p.w) + n * p.in, p.in,
+                count, p.in, sums->at + b * kPanel, s.near);
+      }
     } else {
       panel_product(static_cast<const T*>(x), s.batch, static_cast<const T*>(p.w) + n * p.in, p.in,
                     count, p.in, sums, s.near);
@@ -138,7 +143,8 @@ void project_heads(const PlanStep& s, const PlanLayer& layer, const void* rows, 
       } else {
         const int64_t g = h - s.heads - (is_k ? 0 : s.kv_heads);
         to = static_cast<T*>(is_k ? layer.keys : layer.values);
-        to += ((b * s.kv_heads + g) * s.capacity + s.positions[b]) * size;
+        const int64_t sequence = s.one_sequence ? 0 : b;
+        to += ((sequence * s.kv_heads + g) * s.capacity + s.positions[b]) * size;
       }
       put_head(s, heads + b * kPlanMaxHead, s.positions[b], s.cos && (is_q || is_k), to);
     }

@@ -32,18 +32,20 @@ struct PlanNorm {
 struct PlanLayer {
   PlanNorm attention_norm, mlp_norm;
   PlanProduct qkv, out, gate, up, down;  // gate.w is null in a plain feed-forward
-  void* keys = nullptr;                  // [batch, kv_heads, capacity, head_dim]
+  void* keys = nullptr;                  // [batch or 1, kv_heads, capacity, head_dim]
   void* values = nullptr;
 };
 
-// One token of each sequence. Between the stages the residual stream and the logits are fp32; what
-// a product takes is of the plan's type.
+// One token of each sequence, or `batch` tokens of one sequence that follow each other: these share
+// a cache, and every row is computed with the bits it would have alone. Between the stages the
+// residual stream and the logits are fp32; what a product takes is of the plan's type.
 struct PlanStep {
   DType dtype = DType::kFloat32;
   int64_t batch = 0, hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, vocab = 0;
   float eps = 0.0f;
   bool centred = false;  // layer_norm, else rms_norm
   Activation act = Activation::kSilu;
+  bool one_sequence = false;
   bool near = false;              // whether the weights may stay in the caches from token to token
   int64_t capacity = 0;           // tokens of the cache
   const void* embed = nullptr;    // [vocab, hidden]

@@ -163,7 +163,7 @@ void DecodePlan::bind_cache(const std::vector<void*>& keys, const std::vector<vo
   PlanStep& s = model_.step;
   s.capacity = capacity;
   attention_.k_head = attention_.v_head = capacity * s.head_dim;
-  attention_.k_batch = attention_.v_batch = s.kv_heads * capacity * s.head_dim;
+  attention_.k_batch = attention_.v_batch = s.one_sequence ? 0 : s.kv_heads * capacity * s.head_dim;
 }
 
 // The tasks of the attention, alike in all layers.

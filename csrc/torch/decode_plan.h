@@ -60,6 +60,7 @@ class DecodePlan {
   void step(const int64_t* tokens, const int64_t* positions, float* logits, int64_t limit,
             int64_t* best);
   int64_t batch() const { return model_.step.batch; }
+  bool one_sequence() const { return model_.step.one_sequence; }
 
  private:
   struct Head {  // of the last stage

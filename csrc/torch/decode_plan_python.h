@@ -58,6 +58,7 @@ inline std::unique_ptr<DecodePlan> make_decode_plan(const pybind11::dict& sizes,
   PlanStep& s = model.step;
   s.dtype = whole("bf16") != 0 ? DType::kBFloat16 : DType::kFloat32;
   s.batch = whole("batch");
+  s.one_sequence = whole("one_sequence") != 0;
   s.hidden = whole("hidden");
   s.heads = whole("heads");
   s.kv_heads = whole("kv_heads");
@@ -101,7 +102,9 @@ inline void bind_decode_plan(pybind11::module_& m) {
           [](DecodePlan& plan, uintptr_t tokens, uintptr_t positions, int64_t past,
              uintptr_t logits, int64_t limit, uintptr_t best) {
             int64_t same[kPlanMaxBatch];
-            for (int64_t b = 0; b < plan.batch(); ++b) same[b] = past;
+            for (int64_t b = 0; b < plan.batch(); ++b) {
+              same[b] = past + (plan.one_sequence() ? b : 0);
+            }
             const auto* given = static_cast<const int64_t*>(pointer(positions));
             const py::gil_scoped_release others_may_run;
             plan.step(static_cast<const int64_t*>(pointer(tokens)), given ? given : same,
@@ -111,7 +114,9 @@ inline void bind_decode_plan(pybind11::module_& m) {
           py::arg("tokens"), py::arg("positions"), py::arg("past"), py::arg("logits"),
           py::arg("limit"), py::arg("best"),
           "One token of each sequence: logits and the place of the largest among the first "
-          "`limit`. `past` is the position of all where `positions` is 0.");
+          "`limit`. `past` is the position of all where `positions` is 0, of the first token of "
+          "one "
+          "sequence.");
 }
 
 }  // namespace fastlm

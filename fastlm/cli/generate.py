@@ -1,87 +1,224 @@
-"""fastlm generate: continue a text, or answer it."""
+"""fastlm generate: continue texts, or answer them."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastlm.cli._files import read_prompts, written
+from fastlm.cli._model import model_options, open_model, sampling_options
+
 if TYPE_CHECKING:
     from fastlm.hf.tokenizer import Text
+    from fastlm.models import Decoder
+    from fastlm.models.text import Completion
 
 
 @click.command()
 @click.argument("path", type=click.Path(exists=True))
 @click.option("--prompt", "-p", help="The text; by default read from standard input.")
-@click.option("--chat", is_flag=True, help="Send the prompt as a user's message (chat models).")
+@click.option(
+    "--prompts",
+    "file",
+    type=click.Path(exists=True, dir_okay=False),
+    help='Many texts: one a line, or .jsonl with "prompt" or "messages". Gives JSONL.',
+)
+@click.option("--output", "-o", type=click.Path(dir_okay=False), help="The JSONL, with --prompts.")
+@click.option("--batch-size", default=8, show_default=True, help="Of --prompts.")
+@click.option("--chat", is_flag=True, help="Send a prompt as a user's message (chat models).")
 @click.option("--system", help="System message, with --chat.")
 @click.option("--max-new-tokens", "-n", default=128, show_default=True)
-@click.option("--temperature", "-t", default=0.0, show_default=True, help="0: the likeliest token.")
-@click.option("--top-k", type=click.IntRange(min=1), help="Draw among the k likeliest tokens.")
-@click.option("--top-p", type=float, help="Draw among the likeliest that reach this probability.")
-@click.option("--min-p", type=float, help="Draw among tokens this near the likeliest, 0 to 1.")
-@click.option("--seed", default=0, show_default=True, help="Of the random numbers.")
-@click.option("--dtype", help="float32 or bfloat16; by default as stored.")
+@click.option("--stop", multiple=True, help="End before this text (repeatable).")
+@sampling_options
+@click.option("--lookup", type=int, help="Guess so many tokens ahead from text that recurs.")
+@click.option("--draft", type=click.Path(exists=True), help="A smaller model that guesses ahead.")
+@click.option("--draft-tokens", default=4, show_default=True, help="How many it guesses.")
+@model_options
 @click.option("--stats", is_flag=True, help="Print the speed to standard error.")
 def command(
     path: str,
     prompt: str | None,
+    file: str | None,
+    output: str | None,
+    batch_size: int,
     chat: bool,
     system: str | None,
+    stop: tuple[str, ...],
+    lookup: int | None,
+    draft: str | None,
+    draft_tokens: int,
     dtype: str | None,
+    quantize: str | None,
+    device: str,
     stats: bool,
     **options: Any,
 ) -> None:
     """Continue a text with the model in PATH, a Hugging Face directory or a .gguf file.
 
+    Prompt i of --prompts (counted from 0) draws with the seed --seed + i.
+
     \b
     Example:
       fastlm generate ./smollm2 --chat --prompt "What is the capital of France?"
       echo "Once upon a time" | fastlm generate ./stories -t 0.8 --top-p 0.95 --seed 1
+      fastlm generate ./stories --prompts prompts.txt -o stories.jsonl --stop "The end"
     """
-    from fastlm.hf import tokenizer
-    from fastlm.models import Decoder
-
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat")
-    if prompt is None:
-        prompt = sys.stdin.read().rstrip("\n")
-    if not prompt:
-        raise click.UsageError("the prompt is empty")
+    if file is not None and prompt is not None:
+        raise click.UsageError("--prompt and --prompts exclude each other")
+    if output is not None and file is None:
+        raise click.UsageError("--output needs --prompts; redirect standard output otherwise")
+    if lookup is not None and draft is not None:
+        raise click.UsageError("--lookup and --draft exclude each other")
+    if file is not None and (lookup is not None or draft is not None):
+        raise click.UsageError("--lookup and --draft take one prompt, not --prompts")
+    rows = [{"prompt": _prompt(prompt)}] if file is None else read_prompts(file)
     try:
-        model = Decoder.from_pretrained(path, dtype)
-        text = tokenizer.load(model.source or path)
-        if chat:
-            messages = [{"role": "user", "content": prompt}]
-            if system is not None:
-                messages.insert(0, {"role": "system", "content": system})
-            tokens = text.chat(messages)
-        else:
-            tokens = text.encode(prompt)
-            write(prompt)
-        start = time.perf_counter()
-        count = 0
-        for piece in pieces(text, model.stream(tokens, vocab_limit=text.vocab, **options)):
-            write(piece)
-            count += 1
-        seconds = time.perf_counter() - start
-    except (ValueError, ImportError, OSError) as error:
+        model, text = open_model(path, dtype, quantize, device)
+        where = (
+            [""] * len(rows)
+            if file is None
+            else [f"{file}, line {i + 1}: " for i in range(len(rows))]
+        )
+        prompts = [
+            _tokens(model, text, row, chat, system, place)
+            for row, place in zip(rows, where, strict=True)
+        ]
+        options |= {"stop": stop}
+        if file is not None:
+            _many(model, text, rows, prompts, output, stats, batch_size=batch_size, **options)
+            return
+        drafter = _drafter(model, text, lookup, draft, draft_tokens, dtype, quantize, device)
+        if not chat:
+            write(rows[0]["prompt"])
+        _one(model, text, prompts[0], drafter, stats, options)
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _prompt(given: str | None) -> str:
+    if given is None:
+        try:
+            given = sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise click.ClickException(
+                f"standard input: not UTF-8 at byte {error.start}"
+            ) from error
+    if not given:
+        raise click.UsageError("the prompt is empty")
+    return given
+
+
+def _tokens(
+    model: Decoder, text: Text, row: dict[str, Any], chat: bool, system: str | None, where: str
+) -> list[int]:
+    if "messages" in row or chat:
+        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        if system is not None and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        tokens = text.chat(messages)
+    else:
+        tokens = text.encode(row["prompt"])
+    if not tokens:
+        raise ValueError(f"{where}the prompt has no tokens")
+    if len(tokens) > model.config.max_positions:
+        raise ValueError(
+            f"{where}the prompt must fit max_positions = {model.config.max_positions}, got"
+            f" {len(tokens)} tokens"
+        )
+    return tokens
+
+
+def _drafter(
+    model: Decoder,
+    text: Text,
+    lookup: int | None,
+    draft: str | None,
+    count: int,
+    *how: Any,
+) -> Any:
+    from fastlm.models.speculative import DraftModel, PromptLookup, check_vocabulary
+
+    if lookup is not None:
+        return PromptLookup(count=lookup)
+    if draft is None:
+        return None
+    other, theirs = open_model(draft, *how)
+    check_vocabulary(model, other)
+    if text.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
+        raise ValueError(f"--draft: {draft} must have the tokenizer of the model, got another")
+    return DraftModel(other, count, text.vocab)
+
+
+def _one(
+    model: Decoder,
+    text: Text,
+    tokens: list[int],
+    drafter: Any,
+    stats: bool,
+    options: dict[str, Any],
+) -> None:
+    from fastlm.models.text import Answer, stream_text
+
+    start = time.perf_counter()
+    answer = Answer(text, tokens, model.config.eos_ids, options.pop("stop"))
+    for piece in stream_text(model, text, tokens, answer=answer, drafter=drafter, **options):
+        write(piece)
+    count = len(answer.tokens)
+    seconds = time.perf_counter() - start
     write("\n")
     if stats:
-        rate = count / seconds
-        note = f"{len(tokens)} tokens read, {count} written in {seconds:.2f} s ({rate:.1f}/s)"
-        click.echo(note, err=True)
+        note = f"{len(tokens)} tokens read, {count} written in {seconds:.2f} s"
+        if drafter is not None:
+            note += f", {drafter.accepted} of {drafter.offered} guesses right"
+        click.echo(f"{note} ({count / seconds:.1f}/s)", err=True)
 
 
-def pieces(text: Text, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of each token as it comes; empty while a character is not whole."""
-    decode = text.streamer()
-    for token in tokens:
-        yield decode(token)
+def _many(
+    model: Decoder,
+    text: Text,
+    rows: list[dict[str, Any]],
+    prompts: list[list[int]],
+    output: str | None,
+    stats: bool,
+    **options: Any,
+) -> None:
+    from fastlm.models.text import complete
+
+    start = time.perf_counter()
+    count = 0
+    target: Any = nullcontext(None) if output is None else written(output)
+    with target as to:
+
+        def keep(i: int, made: Completion) -> None:
+            nonlocal count
+            count += len(made.tokens)
+            row = rows[i] | {
+                "text": made.text,
+                "tokens": len(made.tokens),
+                "finish": made.finish,
+            }
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            write(line) if to is None else to.write(line)
+            if output is not None and sys.stderr.isatty():
+                click.echo(f"\r{i + 1} of {len(rows)} prompts", err=True, nl=False)
+
+        complete(model, text, prompts, callback=keep, **options)
+    seconds = time.perf_counter() - start
+    if output is not None and sys.stderr.isatty():
+        click.echo(err=True)
+    if stats:
+        read = sum(map(len, prompts))
+        click.echo(
+            f"{read} tokens read, {count} written in {seconds:.2f} s ({count / seconds:.1f}/s)",
+            err=True,
+        )
 
 
 def write(text: str) -> None:

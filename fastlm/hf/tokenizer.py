@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from fastlm.hf.weights import CheckpointError, read_json
 if TYPE_CHECKING:
     from fastlm.hf.gguf import GGUFFile
 
+_CONTEXT = 8  # tokens decoded before a new one
+_LONGEST_CHARACTER = 8  # tokens held back while they are no character; UTF-8 has up to 4 bytes
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -31,10 +34,18 @@ class Text:
     template: str | None = None
     special: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def vocab(self) -> int:
-        """How many tokens there are; a model's head may be padded beyond."""
-        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+        """One more than the largest token; a model's head may be padded beyond."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def check_fits(self, vocab: int) -> None:
+        """Raises ValueError where a model with so many outputs lacks tokens of this tokenizer."""
+        if self.vocab > vocab:
+            raise ValueError(
+                f"tokenizer: its tokens must be below {vocab}, the model's vocabulary, got"
+                f" {self.vocab - 1}: it is not this model's tokenizer"
+            )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of a text, with the special ones its tokenizer adds."""
@@ -66,15 +77,30 @@ class Text:
         )
         return self.encode(text, special=False)
 
-    def streamer(self) -> Callable[[int], str]:
+    def streamer(self, before: Sequence[int] = ()) -> Callable[[int], str]:
         """A function from the next token to the text that is certain by now.
 
-        A character may be spread over several tokens: it comes with the last of them.
-        """
-        from tokenizers.decoders import DecodeStream
+        A character may be spread over several tokens: it comes with the last of them. Bytes that
+        are no UTF-8 become U+FFFD when it is certain that they stay so.
 
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self.tokenizer, token) or ""
+        Args:
+            before: the tokens in front, whose text is not repeated. Many tokenizers drop the space
+                of a first word, which a continuation needs.
+        """
+        shown = list(before[-_CONTEXT:])  # decoded before the new ones, for what depends on them
+        held: list[int] = []
+
+        def step(token: int) -> str:
+            nonlocal shown, held
+            held.append(token)
+            old, text = self.decode(shown), self.decode(shown + held)
+            if text.endswith("\ufffd") and len(held) < _LONGEST_CHARACTER:
+                return ""
+            new = text[len(old) :]
+            shown, held = (held if new else shown + held)[-_CONTEXT:], []
+            return new
+
+        return step
 
 
 def load(source: str | os.PathLike[str] | GGUFFile) -> Text:

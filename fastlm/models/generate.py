@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from fastlm.models import sampling
 from fastlm.models.cache import KVCache
 from fastlm.models.plan import NextLogits
-from fastlm.ops.sample import check_options
 
 if TYPE_CHECKING:
     from fastlm.models.decoder import Decoder
+    from fastlm.models.speculative import Drafter
 
+Until = Callable[[int, int], bool]
 Prompt = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -57,10 +59,16 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     seed: int | None = 0,
     eos: int | Sequence[int] | None = None,
     vocab_limit: int | None = None,
     cache: KVCache | None = None,
+    history: Sequence[int] = (),
+    until: Until | None = None,
+    drafter: Drafter | None = None,
 ) -> Iterator[Any]:
     """Yields each new token as soon as it is known.
 
@@ -71,25 +79,46 @@ def stream(
         max_new_tokens: how many to generate at most; fewer when max_positions ends the sequence.
         temperature: 0 takes the most likely token (greedy).
         top_k, top_p, min_p: see `fastlm.ops.sample`.
-        seed: of the random numbers; None takes a fresh one.
+        repetition_penalty, presence_penalty, frequency_penalty: see `sampling.Options`.
+        seed: of the random numbers; prompt i draws with those of seed + i, as it would alone. None
+            takes fresh ones.
         eos: end tokens; the config's by default, () for none.
         vocab_limit: tokens from this number on are never chosen (a head padded beyond the
             tokenizer's vocabulary).
         cache: a cache that holds what came before the prompt; it is continued. A new one by
             default.
+        history: the tokens in that cache; a repetition penalty counts them, a drafter reads them.
+        until: called with (row, token) for each new token; true ends that sequence after it.
+        drafter: guesses what comes next, for one prompt: see `fastlm.models.speculative`.
 
     Yields:
         The token as an int. With several prompts a list, None for those that have ended.
 
     Raises:
         ValueError: an empty prompt, one longer than max_positions, an option out of range.
+
+    The same seed gives the same tokens. A sequence has the same random numbers alone and in a
+    batch; its logits may differ in the last bits there, because the products of a longer prompt
+    are cut differently, and with them, rarely, a token.
     """
-    check_options("generate", temperature, top_k, top_p, min_p)
+    options = sampling.Options(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+    )
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if vocab_limit is not None and vocab_limit < 1:
+        raise ValueError(f"generate: vocab_limit must be 1 or more, got {vocab_limit}")
     device = model.embed.weight.device
     padded, lengths = _pad(tokens, device)
     _check_tokens(padded, model.config.vocab)
+    if drafter is not None and len(padded) != 1:
+        raise ValueError(f"generate: a drafter takes one prompt, got {len(padded)}")
     if cache is None:
         cache = model.new_cache(len(padded), padded.shape[1] + max_new_tokens)
     room = model.config.max_positions - cache.length - padded.shape[1]
@@ -98,73 +127,79 @@ def stream(
             f"generate: tokens must fit max_positions = {model.config.max_positions}, got"
             f" {cache.length} in the cache and {padded.shape[1]} new ones"
         )
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
     ends = model.config.eos_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-
-    following = NextLogits(model, cache)
-
-    def choose(logits: Tensor) -> Tensor:
-        if vocab_limit is not None:
-            logits = logits[:, :vocab_limit]
-        return sampling.sample(logits, generator, temperature, top_k, top_p, min_p)
-
-    def follow(chosen: Tensor) -> Tensor:
-        if temperature == 0:
-            return following.best(chosen, vocab_limit)
-        return choose(following(chosen))
-
-    return _steps(
+    counts = [padded.shape[1]] * len(padded) if lengths is None else lengths.tolist()
+    before = [[*history, *row[:count]] for row, count in zip(padded.tolist(), counts, strict=True)]
+    sampler = sampling.Sampler(options, seed, before, model.config.vocab, device, vocab_limit)
+    run = Run(
         model,
         padded,
         lengths,
         cache,
-        choose,
-        follow,
+        sampler,
         # the last token is chosen from a full sequence and itself takes no position
         min(max_new_tokens, room + 1),
         frozenset(ends),
+        until,
         _is_batch(tokens),
     )
+    if drafter is None:
+        return _steps(run)
+    from fastlm.models.speculative import steps
+
+    return steps(run, drafter, before[0])
 
 
-def _steps(
-    model: Decoder,
-    tokens: Tensor,
-    lengths: Tensor | None,
-    cache: KVCache,
-    choose: Callable[[Tensor], Tensor],
-    follow: Callable[[Tensor], Tensor],
-    count: int,
-    ends: frozenset[int],
-    batch: bool,
-) -> Iterator[Any]:
-    if count <= 0 or not len(tokens):
-        return
-    ended = [False] * len(tokens)
-    # inference mode is left before each yield: the caller's code must not run in it
-    with torch.inference_mode():
-        hidden = model.hidden(tokens, cache=cache, lengths=lengths)
-        if lengths is None:
+@dataclass
+class Run:
+    """A generation whose arguments have been checked; see `stream`."""
+
+    model: Decoder
+    tokens: Tensor  # [B, T]
+    lengths: Tensor | None  # [B], where they differ
+    cache: KVCache
+    sampler: sampling.Sampler
+    count: int
+    ends: frozenset[int]
+    until: Until | None
+    batch: bool
+
+    def first(self) -> Tensor:
+        """Reads the prompts; [B], the tokens after them."""
+        hidden = self.model.hidden(self.tokens, cache=self.cache, lengths=self.lengths)
+        if self.lengths is None:
             last = hidden[:, -1]
         else:
-            last = hidden[torch.arange(len(tokens), device=hidden.device), lengths - 1]
-        chosen = choose(model.logits(last))
-    for step in range(count):
+            last = hidden[torch.arange(len(hidden), device=hidden.device), self.lengths - 1]
+        return self.sampler.choose(self.model.logits(last))
+
+    def ended(self, row: int, token: int) -> bool:
+        """Whether a sequence ends with this token."""
+        stop = self.until is not None and self.until(row, token)  # hears of every token
+        return stop or token in self.ends
+
+
+def _steps(run: Run) -> Iterator[Any]:
+    if run.count <= 0 or not len(run.tokens):
+        return
+    ended = [False] * len(run.tokens)
+    following = NextLogits(run.model, run.cache)
+    sampler = run.sampler
+    # inference mode is left before each yield: the caller's code must not run in it
+    with torch.inference_mode():
+        chosen = run.first()
+    for step in range(run.count):
         if step:
             with torch.inference_mode():
-                chosen = follow(chosen)
-        values = chosen.tolist()
-        if not batch:
-            yield values[0]
-            if values[0] in ends:
-                return
-            continue
-        yield [None if over else value for value, over in zip(values, ended, strict=True)]
-        ended = [over or value in ends for value, over in zip(values, ended, strict=True)]
+                if sampler.takes_the_largest:
+                    chosen = following.best(chosen, sampler.limit)
+                else:
+                    chosen = sampler.choose(following(chosen))
+        values = [
+            None if over else value for value, over in zip(chosen.tolist(), ended, strict=True)
+        ]
+        ended = [value is None or run.ended(row, value) for row, value in enumerate(values)]
+        yield values if run.batch else values[0]
         if all(ended):
             return
 

@@ -128,20 +128,29 @@ def _unfit_cache(model: Decoder, cache: KVCache) -> list[str]:
 class DecodePlan:
     """A decoder's weights and a cache, bound. `unsupported` must have said nothing against it.
 
+    With `rows` a step takes so many tokens of one sequence, 1 to 16, that follow each other (the
+    cache must be of batch 1). Each has the bits that it would have in a step of its own.
+
     It keeps the tensors it points at, so an address cannot come to mean something else; `stale`
     says when the model or the cache has others by now.
 
     Attributes:
-        logits: [B, vocab] fp32, of the last step.
-        best: [B] int64, the place of the largest of them.
+        logits: [B, vocab] fp32, of the last step; [rows, vocab] with rows.
+        best: [B] or [rows] int64, the place of the largest of them.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, rows: int | None = None) -> None:
         c, weight = model.config, model.embed.weight
+        if rows is not None and (not 1 <= rows <= MAX_BATCH or cache.batch != 1 or cache.lengths):
+            raise ValueError(
+                f"DecodePlan: rows must be 1 to {MAX_BATCH} of one sequence, got {rows} of"
+                f" {cache.batch}"
+            )
+        batch, self._new = (cache.batch, 1) if rows is None else (rows, rows)
         assert _ext.native is not None and c.head_dim is not None  # unsupported() was asked
         outputs = c.vocab
-        self.logits = torch.empty(cache.batch, outputs)
-        self.best = torch.empty(cache.batch, dtype=torch.int64)
+        self.logits = torch.empty(batch, outputs)
+        self.best = torch.empty(batch, dtype=torch.int64)
         self._cache, self._dtype = cache, weight.dtype
         self._bound: list[Tensor] = []  # what the plan points at
         self._weights: list[_Weight] = []
@@ -157,7 +166,8 @@ class DecodePlan:
         ]
         sizes = {
             "bf16": weight.dtype == torch.bfloat16,
-            "batch": cache.batch,
+            "batch": batch,
+            "one_sequence": rows is not None,
             "hidden": c.hidden,
             "heads": c.heads,
             "kv_heads": c.kv_heads,
@@ -189,7 +199,7 @@ class DecodePlan:
         """Takes one token of each sequence: fills `logits` and `best`, continues the cache.
 
         Args:
-            tokens: [B] int64; may be `best`.
+            tokens: [B] or [rows] int64; may be `best`.
             limit: `best` is sought among the logits before this one.
 
         Raises:
@@ -198,7 +208,7 @@ class DecodePlan:
         """
         cache = self._cache
         tokens = tokens.to(torch.int64).contiguous()
-        cache.reserve(1)
+        cache.reserve(self._new)
         if not self._caches or self._caches[0] is not cache.keys[0]:
             self._caches = [*cache.keys, *cache.values]
             addresses = [x.data_ptr() for x in self._caches]
@@ -212,7 +222,7 @@ class DecodePlan:
             self.logits.shape[1] if limit is None else limit,
             self.best.data_ptr(),
         )
-        cache.end(1)
+        cache.end(self._new)
 
     def _bind(self, module: Any, name: str) -> int:
         """The address of a parameter or buffer; 0 where it is None."""

@@ -1,0 +1,75 @@
+"""The options that commands with a model share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from fastlm.hf.tokenizer import Text
+    from fastlm.models import Decoder
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_options(command: F) -> F:
+    """--dtype, --quantize and --device, as `open_model` takes them."""
+    for option in (
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
+        click.option(
+            "--quantize", type=click.Choice(["int8", "int4"]), help="Hold the weights in integers."
+        ),
+        click.option("--dtype", help="float32 or bfloat16; by default as stored."),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: F) -> F:
+    """How tokens are chosen, by the names of `fastlm.models.generate.stream`."""
+    for option in (
+        click.option("--seed", default=0, show_default=True, help="Of the random numbers."),
+        click.option("--frequency-penalty", default=0.0, help="Subtracted per earlier occurrence."),
+        click.option("--presence-penalty", default=0.0, help="Subtracted from what occurred."),
+        click.option(
+            "--repetition-penalty",
+            default=1.0,
+            show_default=True,
+            help="Above 1: what stands in the text becomes less likely.",
+        ),
+        click.option("--min-p", type=float, help="Draw among tokens this near the likeliest."),
+        click.option("--top-p", type=float, help="Draw among the likeliest of this probability."),
+        click.option("--top-k", type=int, help="Draw among the k likeliest."),
+        click.option(
+            "--temperature", "-t", default=0.0, show_default=True, help="0: the likeliest token."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def open_model(
+    path: str, dtype: str | None = None, quantize: str | None = None, device: str = "cpu"
+) -> tuple[Decoder, Text]:
+    """The decoder and the tokenizer in PATH; ValueError where they do not fit each other."""
+    import torch
+
+    from fastlm.hf import tokenizer
+    from fastlm.models import Decoder
+
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device!r}") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: {device} is not there, {torch.cuda.device_count()} GPUs are")
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
+    model = Decoder.from_pretrained(path, dtype).eval()
+    text = tokenizer.load(model.source or path)
+    text.check_fits(model.config.vocab)
+    if quantize is not None:
+        model.quantize(int(quantize.removeprefix("int")))
+    return model.to(place), text
