@@ -17,9 +17,12 @@ from fastlm._version import __version__
 _EXTRAS = {
     "gguf": "gguf",
     "jinja2": "hf",
+    "lm_eval": "lm-eval",
     "matplotlib": "demo",
     "psutil": "demo",
     "rich": "demo",
+    "rouge_score": "metrics",
+    "sacrebleu": "metrics",
     "transformers": "hf",
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,18 +62,9 @@ class Text:
         """
         if self.template is None:
             raise ValueError("chat: this checkpoint has no chat template")
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from fastlm.data.template import render
 
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        text = environment.from_string(self.template).render(
-            messages=list(messages), add_generation_prompt=True, **self.special
-        )
+        text = render(self.template, messages, self.special, add_generation_prompt=True)
         return self.encode(text, special=False)
 
     def streamer(self, before: Sequence[int] = ()) -> Callable[[int], str]:

@@ -203,6 +203,10 @@ def hf_names(family: Family) -> Callable[[str, Config], tuple[list[str], bool]]:
         head, _, rest = module.partition(".")
         layer, _, inner = rest.partition(".")
         key = module if head != "blocks" else f"blocks.{{}}.{inner}"
+        if key not in family.weights:
+            raise ValueError(
+                f"save: {family.model_type} has no {parameter}; merge an adapter before saving"
+            )
         stored = [f"{name.format(layer)}.{kind}" for name in family.weights[key]]
         return stored, kind == "weight" and inner in family.transposed
 

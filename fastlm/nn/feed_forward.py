@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.nn.linear import Linear
-from fastlm.nn.quantized import QuantizedLinear
 
 
 class FeedForward(torch.nn.Module):
@@ -43,7 +42,8 @@ class FeedForward(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
         layers = self.up, self.down, self.gate
-        if not any(isinstance(layer, QuantizedLinear) for layer in layers):
+        # a quantized layer, or one with an adapter, computes its own product
+        if all(layer is None or isinstance(layer, torch.nn.Linear) for layer in layers):
             return ops.feed_forward(x, **self.arguments())
         if self.gate is None:
             return self.down(ops.activation(self.up(x), self.activation))
