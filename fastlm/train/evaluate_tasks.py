@@ -11,9 +11,9 @@ import torch
 
 from fastlm.data.chat import Conversations
 from fastlm.data.rows import Row
+from fastlm.models.text import Completion, complete
 from fastlm.train.evaluate import (
     Progress,
-    batches,
     encode_pair,
     prefix_of,
     score,
@@ -106,40 +106,29 @@ def answers(
 ) -> list[str]:
     """What the model writes after each prompt, up to the first of the stop strings.
 
-    A prompt that leaves no room for max_new_tokens loses tokens on the left.
+    White space around an answer is left out. A prompt that leaves no room for max_new_tokens loses
+    tokens on the left. The rest is as in `fastlm.models.text.complete`.
     """
     room = max(model.config.max_positions - max_new_tokens, 1)
-    out = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for chosen in batches(order, batch_size):
-        written: list[list[int]] = [[] for _ in chosen]
-        done = [False] * len(chosen)
-        given = [list(prompts[i])[-room:] for i in chosen]
-        for step in model.stream(given, max_new_tokens, vocab_limit=text.vocab, **options):
-            for row, token in enumerate(step):
-                if token is None:
-                    done[row] = True
-                elif not done[row]:
-                    written[row].append(token)
-                    tail = text.decode(written[row])
-                    done[row] = any(mark in tail for mark in stop)
-            if all(done):
-                break
-        for i, tokens in zip(chosen, written, strict=True):
-            out[i] = cut(text.decode(tokens), stop)
+    given = [list(prompts[i])[-room:] for i in order]
+
+    def done(number: int, answer: Completion) -> None:
         if progress is not None:
-            progress(len(chosen))
-    return out
+            progress(1)
 
-
-def cut(answer: str, stop: Sequence[str]) -> str:
-    """The answer up to the first stop string, without white space around it.
-
-    White space before the answer does not count: models begin a line before they answer.
-    """
-    answer = answer.lstrip()
-    ends = [place for mark in stop if (place := answer.find(mark)) >= 0]
-    return answer[: min(ends, default=len(answer))].rstrip()
+    found = complete(
+        model,
+        text,
+        given,
+        max_new_tokens,
+        stop=stop,
+        batch_size=batch_size,
+        callback=done,
+        **options,
+    )
+    written = {i: completion.text.strip() for i, completion in zip(order, found, strict=True)}
+    return [written[i] for i in range(len(prompts))]
 
 
 @dataclass
