@@ -7,8 +7,6 @@ So the gradients come with the loss, and the backward pass only scales them.
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ from fastlm.ops import _checks
 from fastlm.ops._library import define, needs_grad
 from fastlm.ops._registry import Backend, choose, native, register
 from fastlm.ops.cross_entropy import (
-    MEAN,
     NONE,
     NUMBER,
     ONE,
@@ -37,9 +34,9 @@ from fastlm.ops.linear import as_matrix, autocast, size_of
 
 _OP = "linear_cross_entropy"
 
-# A chunk's logits, and its rows. Each chunk reads the weights twice and their gradient once, which
+# Rows of a chunk at the most. Each chunk reads the weights twice and their gradient once, which
 # wants many rows; its logits should stay near, which wants few.
-_CHUNK_BYTES, _CHUNK_ROWS = 64 << 20, 512
+_CHUNK_ROWS = 512
 
 register(
     _OP,
@@ -63,6 +60,8 @@ def _fake(
     dx: bool,
     dweight: bool,
     dbias: bool,
+    chunk_rows: int,
+    library: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty((target.numel(),) if reduction == NONE else (), dtype=torch.float32),
@@ -72,145 +71,35 @@ def _fake(
     )
 
 
-# -> loss, and where wanted the gradients of x, weight and bias, of that number or of the sum; fp32,
-# so that the backward pass can scale them before it rounds them
+# x [rows, H] -> loss, and where wanted the gradients of x, weight and bias, of that number or of
+# the sum; fp32, so that the backward pass can scale them before it rounds them
 _forward = define(
     f"{_OP}(Tensor x, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight,"
     " Tensor? token_weight, int ignore_index, float smoothing, float z_loss, float softcap,"
-    " int reduction, bool dx, bool dweight, bool dbias) -> (Tensor, Tensor, Tensor, Tensor)",
+    " int reduction, bool dx, bool dweight, bool dbias, int chunk_rows, bool library)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
-# -> loss per row; with `gradient` the logits become the gradient of factor sum_r scale[r] loss[r]
-_softmax = define(
-    "cross_entropy_chunk(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? scale,"
-    " float factor, int ignore_index, float smoothing, float z_loss, float softcap, bool gradient)"
-    " -> Tensor",
-    lambda logits, target, *others: target.new_empty(target.numel(), dtype=torch.float32),
-)
-# out = x weight^T + bias
-_logits = define(
-    f"{_OP}_logits(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
-    lambda x, weight, bias, out: None,
-)
-# sums = a^T b, or += where `add`
-_product = define(
-    f"{_OP}_product(Tensor a, Tensor b, Tensor(a!) sums, bool add) -> ()",
-    lambda a, b, sums, add: None,
-)
 
 
-class _Chunks:
-    """The products of one call, and the memory they reuse from chunk to chunk."""
-
-    def __init__(self, rows: Tensor, weight: Tensor, dx: bool, dweight: bool, dbias: bool) -> None:
-        self.rows, self.weight = rows, weight
-        count, (classes, width) = len(rows), weight.shape
-        most = _CHUNK_BYTES // (classes * rows.element_size())
-        number = math.ceil(count / min(max(most, 16), _CHUNK_ROWS))
-        self.size = math.ceil(count / max(number, 1) / 16) * 16  # chunks of equal size
-        # the choice that linear makes for so many rows
-        self.own = choose("linear", rows, rows=size_of(rows), transposed=False) == "cpu"
-        self.buffer = rows.new_empty(min(self.size, count), classes)
-        new = partial(rows.new_empty if count else rows.new_zeros, dtype=torch.float32)
-        self.dx = new((count, width) if dx else 0)
-        self.dweight = new((classes, width) if dweight else 0)
-        self.dbias = rows.new_zeros(classes if dbias else 0, dtype=torch.float32)
-
-    def part(self, of: Tensor, start: int) -> Tensor:
-        """The rows of the chunk that begins at `start`."""
-        return of if self.size >= len(of) else of[start : start + self.size]
-
-    def logits(self, start: int, bias: Tensor | None) -> Tensor:
-        """Of the chunk that begins at row `start`."""
-        rows, weight = self.part(self.rows, start), self.weight
-        out = self.buffer if len(rows) == len(self.buffer) else self.buffer[: len(rows)]
-        if self.own:
-            _logits(rows, weight, bias, out)
-        elif bias is None:
-            torch.mm(rows, weight.t(), out=out)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=out)
-        return out
-
-    def add(self, gradient: Tensor, start: int) -> None:
-        """Takes the gradient of a chunk's logits on to x, weight and bias."""
-        library, exact = not self.own, gradient.dtype == torch.float32
-        if self.dx.numel():
-            sums = self.part(self.dx, start)
-            if library:
-                sums.copy_(torch.mm(gradient, self.weight))
-            else:
-                _product(gradient.t(), self.weight, sums, False)
-        if self.dweight.numel():
-            rows = self.part(self.rows, start)
-            if library and exact:
-                beta = float(start > 0)
-                torch.addmm(self.dweight, gradient.t(), rows, beta=beta, out=self.dweight)
-            else:  # the library would round every chunk's part to bf16
-                _product(gradient, rows, self.dweight, start > 0)
-        if self.dbias.numel():
-            self.dbias += gradient.sum(0, dtype=torch.float32)
-
-
-def _by_chunks(
+def _run(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
     class_weight: Tensor | None,
     token_weight: Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: int,
-    dx: bool,
-    dweight: bool,
-    dbias: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = (x if x.dim() == 2 else as_matrix(x)).contiguous()
-    t = target.reshape(-1).contiguous()
-    tokens = None if token_weight is None else token_weight.reshape(-1)
-    kept = t != ignore_index
-    index = None if bool(kept.all()) else kept.nonzero()[:, 0]
-    if index is not None:  # tokens without loss cost nothing
-        rows, t = rows[index], t[index]
-        tokens = None if tokens is None else tokens[index]
-    count = 1.0  # what the sum is divided by
-    if reduction == MEAN:
-        count = float(len(t)) if class_weight is None is tokens else _count(t, class_weight, tokens)
-    factor = 1.0 / count if count else math.nan
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    chunks = _Chunks(rows, weight, dx, dweight, dbias)
-    losses = []
-    for start in range(0, len(rows), max(chunks.size, 1)):
-        logits = chunks.logits(start, bias)
-        scale = None if tokens is None else chunks.part(tokens, start)
-        options = ignore_index, smoothing, z_loss, softcap, dx or dweight or dbias
-        part = chunks.part(t, start)
-        losses.append(_softmax(logits, part, class_weight, scale, factor, *options))
-        chunks.add(logits, start)
-    if len(losses) == 1:
-        (loss,) = losses
-    else:
-        loss = torch.cat(losses) if losses else chunks.dbias[:0]
-    loss = loss if tokens is None else loss * tokens
-    if reduction != NONE:
-        loss = (loss.sum(dtype=torch.float64) / count).float()
-    elif index is not None:
-        loss = loss.new_zeros(target.numel()).index_copy_(0, index, loss)
-    made = chunks.dx
-    if dx and index is not None:
-        made = made.new_zeros(target.numel(), x.shape[-1]).index_copy_(0, index, made)
-    return loss, made.view(x.shape) if dx else made, chunks.dweight, chunks.dbias
-
-
-def _count(target: Tensor, class_weight: Tensor | None, tokens: Tensor | None) -> float:
-    weights = ONE if class_weight is None else class_weight[target]
-    return float((weights if tokens is None else weights * tokens).sum(dtype=torch.float64))
-
-
-torch.library.impl(f"fastlm::{_OP}", "cpu", _by_chunks)
+    """The op on the rows of x [..., H], with the product that linear takes for so many."""
+    rows = x if x.dim() == 2 else as_matrix(x)
+    if target.dim() != 1:
+        target = target.reshape(-1)
+        token_weight = None if token_weight is None else token_weight.view(-1)
+    library = choose("linear", rows, rows=size_of(rows), transposed=False) != "cpu"
+    tensors = rows, weight, target, bias, class_weight, token_weight
+    loss, dx, *others = _forward(*tensors, *options, _CHUNK_ROWS, library)
+    return loss, dx if rows is x or not dx.numel() else dx.view_as(x), *others
 
 
 class _Reduced(torch.autograd.Function):
@@ -222,7 +111,7 @@ class _Reduced(torch.autograd.Function):
     ) -> Tensor:
         target, *others = args
         need = ctx.needs_input_grad[:3]
-        loss, *gradients = _forward(x, weight, target, bias, *others, *need)
+        loss, *gradients = _run(x, weight, target, bias, *others, *need)
         ctx.save_for_backward(*(g for g, n in zip(gradients, need, strict=True) if n))
         ctx.dtype = x.dtype
         return loss
@@ -243,7 +132,7 @@ class _PerToken(torch.autograd.Function):
     ) -> Tensor:
         target, class_weight, token_weight, *ctx.options, _ = args
         ctx.save_for_backward(x, weight, bias, target, class_weight, token_weight)
-        return _forward(x, weight, target, bias, *args[1:], False, False, False)[0]
+        return _run(x, weight, target, bias, *args[1:], False, False, False)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -251,7 +140,7 @@ class _PerToken(torch.autograd.Function):
         tokens, need = per_token(grad, token_weight), ctx.needs_input_grad[:3]
         args = target, bias, class_weight, tokens, *ctx.options, SUM, *need
         with torch.no_grad():
-            made: tuple[Tensor, ...] = _forward(x, weight, *args)[1:]
+            made: tuple[Tensor, ...] = _run(x, weight, *args)[1:]
         if torch.is_grad_enabled():
             made = once(ONE, *made)
         return *(g.to(x.dtype) if n else None for g, n in zip(made, need, strict=True)), None
@@ -344,7 +233,7 @@ def linear_cross_entropy(
             apply = _PerToken.apply if reduction == "none" else _Reduced.apply
             loss = apply(x, weight, bias, args)
         else:
-            loss = _forward(x, weight, target, bias, *args[1:], False, False, False)[0]
+            loss = _run(x, weight, target, bias, *args[1:], False, False, False)[0]
     except RuntimeError:
         check_targets(_OP, target, weight.shape[0], ignore_index)  # the kernel refused one
         raise

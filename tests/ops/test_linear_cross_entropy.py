@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -278,7 +279,7 @@ def test_opcheck(reduction):
     op = torch.ops.fastlm.linear_cross_entropy.default
     for wanted in ((True, True, True), (False, True, False), (False, False, False)):
         args = (x, weight, target, bias, None, torch.rand(70), -100, 0.1, 0.0, 5.0, reduction)
-        torch.library.opcheck(op, (*args, *wanted))
+        torch.library.opcheck(op, (*args, *wanted, 32, False))
 
 
 MEMORY = """
@@ -312,9 +313,13 @@ def test_never_holds_all_logits(backend, dtype, reduction):
     if backend not in BACKENDS:
         pytest.skip("no native kernels")
     script = MEMORY.format(backend=backend, dtype=dtype, reduction=reduction)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # freed memory goes back at once: the process then holds what the program does
+    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="1000000")
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+    )
     grown = int(run.stdout)
-    assert grown < (80 if backend == "cpu" else 130), f"{grown} MiB"
+    assert grown < 80, f"{grown} MiB"
 
 
 def test_target_beyond_the_classes_is_refused():
