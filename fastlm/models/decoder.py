@@ -66,8 +66,9 @@ class Block(torch.nn.Module):
         else:
             h, residual = self.attention_norm(x, residual)
         h = self.attention(h, rope, mask=mask, attend=attend, cu_seqlens=cu_seqlens)
-        h, residual = self.mlp_norm(h, residual)
-        return self.mlp(h), residual
+        # under autocast the products are of 16 bits, the stream is of the weights' type
+        h, residual = self.mlp_norm(h.to(residual.dtype), residual)
+        return self.mlp(h).to(residual.dtype), residual
 
 
 class Decoder(torch.nn.Module):

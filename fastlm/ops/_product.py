@@ -11,9 +11,10 @@ and the own kernel is as fast.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from fastlm import _ext
 from fastlm.ops._library import define
+from fastlm.ops._registry import forget
 
 FEW = 16  # rows up to which the weights' traffic decides, not the arithmetic
 SOME, MANY = 64, 256  # rows at which both are measured
@@ -59,7 +61,28 @@ def winners(dtype: torch.dtype) -> Winners:
         return _NONE  # F.linear, which the compiler knows
     if type(torch.empty(0)) is not Tensor:  # a mode that stands in for tensors is on
         return _NONE
-    return _measure(dtype, torch.get_num_threads())
+    return _fixed.get(dtype) or _measure(dtype, torch.get_num_threads())
+
+
+_fixed: dict[torch.dtype, Winners] = {}
+
+
+@contextlib.contextmanager
+def fixed(table: Mapping[torch.dtype, Winners]) -> Iterator[None]:
+    """Inside, these verdicts stand in place of a measurement.
+
+    A measurement may come out otherwise the next time, and the two kernels differ in the last bits:
+    what must repeat bit for bit keeps its verdicts and brings them back.
+    """
+    before = dict(_fixed)
+    _fixed.update(table)
+    forget()
+    try:
+        yield
+    finally:
+        _fixed.clear()
+        _fixed.update(before)
+        forget()
 
 
 def grad_x(grad: Tensor, w: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ def remember(memory: Memory, key: tuple[Any, ...], chosen: str) -> str:
     return chosen
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Lets every call be decided anew."""
     for memory in _memories:
         memory.clear()
 
@@ -170,12 +171,12 @@ def use_backend(name: str | None) -> Iterator[None]:
     if name is not None and name not in settings.BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(settings.BACKENDS)}, got {name!r}")
     before, _forced = _forced, name
-    _forget()
+    forget()
     try:
         yield
     finally:
         _forced = before
-        _forget()
+        forget()
 
 
 @contextlib.contextmanager
@@ -185,7 +186,7 @@ def recording() -> Iterator[list[Verdict]]:
     verdicts: list[Verdict] = []
     before = _recording
     _recording = verdicts
-    _forget()
+    forget()
     try:
         yield verdicts
     finally:
