@@ -1,9 +1,10 @@
-"""Files of the commands: read with errors that name the line, written whole or not at all."""
+"""What commands read and write: errors name the line, files appear whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,3 +83,10 @@ def _row(where: str, line: str) -> dict[str, Any]:
             f'{where}: expected an object with "prompt" (text) or "messages" (a list)'
         )
     return dict(row)
+
+
+def write(text: str) -> None:
+    """Prints without a line end, whatever the terminal's encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+    sys.stdout.flush()

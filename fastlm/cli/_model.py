@@ -10,6 +10,7 @@ import click
 if TYPE_CHECKING:
     from fastlm.hf.tokenizer import Text
     from fastlm.models import Decoder
+    from fastlm.models.speculative import Drafter
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +51,21 @@ def sampling_options(command: F) -> F:
     return command
 
 
+def drafter_options(command: F) -> F:
+    """--lookup, --draft and --draft-tokens, as `open_drafter` takes them."""
+    for option in (
+        click.option("--draft-tokens", default=4, show_default=True, help="How many it guesses."),
+        click.option(
+            "--draft", type=click.Path(exists=True), help="A smaller model that guesses ahead."
+        ),
+        click.option(
+            "--lookup", type=int, help="Guess so many tokens ahead from text that recurs."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def open_model(
     path: str, dtype: str | None = None, quantize: str | None = None, device: str = "cpu"
 ) -> tuple[Decoder, Text]:
@@ -73,3 +89,27 @@ def open_model(
     if quantize is not None:
         model.quantize(int(quantize.removeprefix("int")))
     return model.to(place), text
+
+
+def open_drafter(
+    model: Decoder,
+    text: Text,
+    lookup: int | None,
+    draft: str | None,
+    count: int,
+    *how: Any,
+) -> Drafter | None:
+    """What guesses ahead, or None; `how` is the rest of `open_model`'s arguments."""
+    from fastlm.models.speculative import DraftModel, PromptLookup, check_vocabulary
+
+    if lookup is not None and draft is not None:
+        raise click.UsageError("--lookup and --draft exclude each other")
+    if lookup is not None:
+        return PromptLookup(count=lookup)
+    if draft is None:
+        return None
+    other, theirs = open_model(draft, *how)
+    check_vocabulary(model, other)
+    if text.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
+        raise ValueError(f"--draft: {draft} must have the tokenizer of the model, got another")
+    return DraftModel(other, count, text.vocab)

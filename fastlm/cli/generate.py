@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastlm.cli._files import read_prompts, written
-from fastlm.cli._model import model_options, open_model, sampling_options
+from fastlm.cli._files import read_prompts, write, written
+from fastlm.cli._model import (
+    drafter_options,
+    model_options,
+    open_drafter,
+    open_model,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
     from fastlm.hf.tokenizer import Text
@@ -35,9 +41,7 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", "-n", default=128, show_default=True)
 @click.option("--stop", multiple=True, help="End before this text (repeatable).")
 @sampling_options
-@click.option("--lookup", type=int, help="Guess so many tokens ahead from text that recurs.")
-@click.option("--draft", type=click.Path(exists=True), help="A smaller model that guesses ahead.")
-@click.option("--draft-tokens", default=4, show_default=True, help="How many it guesses.")
+@drafter_options
 @model_options
 @click.option("--stats", is_flag=True, help="Print the speed to standard error.")
 def command(
@@ -74,8 +78,6 @@ def command(
         raise click.UsageError("--prompt and --prompts exclude each other")
     if output is not None and file is None:
         raise click.UsageError("--output needs --prompts; redirect standard output otherwise")
-    if lookup is not None and draft is not None:
-        raise click.UsageError("--lookup and --draft exclude each other")
     if file is not None and (lookup is not None or draft is not None):
         raise click.UsageError("--lookup and --draft take one prompt, not --prompts")
     rows = [{"prompt": _prompt(prompt)}] if file is None else read_prompts(file)
@@ -94,7 +96,7 @@ def command(
         if file is not None:
             _many(model, text, rows, prompts, output, stats, batch_size=batch_size, **options)
             return
-        drafter = _drafter(model, text, lookup, draft, draft_tokens, dtype, quantize, device)
+        drafter = open_drafter(model, text, lookup, draft, draft_tokens, dtype, quantize, device)
         if not chat:
             write(rows[0]["prompt"])
         _one(model, text, prompts[0], drafter, stats, options)
@@ -133,27 +135,6 @@ def _tokens(
             f" {len(tokens)} tokens"
         )
     return tokens
-
-
-def _drafter(
-    model: Decoder,
-    text: Text,
-    lookup: int | None,
-    draft: str | None,
-    count: int,
-    *how: Any,
-) -> Any:
-    from fastlm.models.speculative import DraftModel, PromptLookup, check_vocabulary
-
-    if lookup is not None:
-        return PromptLookup(count=lookup)
-    if draft is None:
-        return None
-    other, theirs = open_model(draft, *how)
-    check_vocabulary(model, other)
-    if text.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
-        raise ValueError(f"--draft: {draft} must have the tokenizer of the model, got another")
-    return DraftModel(other, count, text.vocab)
 
 
 def _one(
@@ -219,10 +200,3 @@ def _many(
             f"{read} tokens read, {count} written in {seconds:.2f} s ({count / seconds:.1f}/s)",
             err=True,
         )
-
-
-def write(text: str) -> None:
-    """Prints without a line end, whatever the terminal's encoding."""
-    encoding = sys.stdout.encoding or "utf-8"
-    click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
-    sys.stdout.flush()

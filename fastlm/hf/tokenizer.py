@@ -59,6 +59,9 @@ class Text:
 
         Args:
             messages: mappings with "role" ("system", "user", "assistant") and "content".
+
+        Raises:
+            ValueError: no template, or one that refuses these messages.
         """
         if self.template is None:
             raise ValueError("chat: this checkpoint has no chat template")
