@@ -31,6 +31,8 @@ def match_feed_forward(module: nn.Module, device: torch.device) -> Match:
     others = [n for n in children if n not in (*linears, *conv, *dropouts)]
     if len(linears) + len(conv) not in (2, 3) or len(others) > 1:
         return None
+    if any(True for n in others for _ in children[n].parameters()):
+        return None  # no activation: an adapter, a norm
     if next(module.parameters(recurse=False), None) is not None:
         return None
     functions = [children[n] for n in others] or [

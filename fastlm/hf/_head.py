@@ -123,7 +123,8 @@ own_head_forward = _head_forward(nn.Linear.forward)
 def obstacle(head: Any) -> str:
     """Why a head's weights cannot be read instead of calling it; "" where they can."""
     if type(head) is not nn.Linear:
-        return f"its head is a {type(head).__name__}, which has to be called"
+        package = type(head).__module__.partition(".")[0]
+        return f"its head is a {type(head).__name__} of {package}, which has to be called"
     if any(
         getattr(head, f"_{kind}_hooks")
         for kind in ("forward", "forward_pre", "backward", "backward_pre")

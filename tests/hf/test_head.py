@@ -267,7 +267,7 @@ def test_a_head_that_has_to_be_called_is_called():
 
     model.lm_head = Head(32, 96, bias=False)
     with fastlm.patch(model) as patch:
-        assert "its head is a Head, which has to be called" in patch.report()
+        assert "its head is a Head of test_head, which has to be called" in patch.report()
     model = tiny(tie_word_embeddings=False)
     model.lm_head.weight.ds_id = 0
     with fastlm.patch(model) as patch:
