@@ -18,8 +18,8 @@ class Tokens(Protocol):
     """Documents one after the other, as `fastlm.data.shards.TokenDataset` holds them."""
 
     @property
-    def tokens(self) -> _Integers:
-        """[total] token numbers, of any integer type; may be mapped from a file."""
+    def tokens(self) -> Any:
+        """[total] token numbers, of any integer type, sliced like an array."""
 
     @property
     def offsets(self) -> _Integers:
@@ -80,7 +80,10 @@ class PackedDocuments:
 
     def describe(self) -> dict[str, Any]:
         """What makes the batches."""
+        manifest = getattr(self.dataset, "manifest", None)
+        shards = manifest["splits"][self.dataset.split]["shards"] if manifest else []  # type: ignore[attr-defined]
         return {
+            "sha256": [shard["sha256"] for shard in shards],
             "kind": "documents" if self.boundaries else "windows",
             "block": self.block,
             "batch": self.rows_per_batch,

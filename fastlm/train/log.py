@@ -74,6 +74,22 @@ class RunLog:
         if self._show:
             print(f"\r\033[K{text}" if self._live else text, file=self._stream, flush=True)
 
+    def end(self, picture: Path | None) -> None:
+        """The curve, and the picture where a path is given and matplotlib is there."""
+        curve = self.curve()
+        if curve:
+            self.say(f"loss\n{curve}")
+        if picture is None:
+            return
+        try:
+            from fastlm.train.log_plot import plot
+
+            plot(self.records, picture)
+        except ModuleNotFoundError as error:
+            self.say(f"no plot: {error.name} is not installed (pip install 'fastlm[demo]')")
+        except Exception as error:  # a picture is not worth a run
+            self.say(f"no plot: {error}")
+
     def close(self) -> None:
         """After the last record."""
         if self._file is not None:

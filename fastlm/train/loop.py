@@ -37,6 +37,7 @@ class Result:
         stopped: "finished", "early stop", or the signal's name.
         seconds: of this process's part.
         checkpoint: the last one, None without `out`.
+        first: whether this process spoke for all.
     """
 
     steps: int
@@ -48,6 +49,7 @@ class Result:
     stopped: str
     seconds: float
     checkpoint: Path | None
+    first: bool
 
 
 @dataclass
@@ -81,6 +83,7 @@ def train(
     save_model: checkpoint.Save = checkpoint.save_decoder,
     load_model: checkpoint.Save = checkpoint.load_decoder,
     quiet: bool = False,
+    plot: bool = True,
 ) -> Result:
     """Trains a model in place.
 
@@ -98,6 +101,7 @@ def train(
         save_model, load_model: write a model into a folder and read it back; for models that are
             no Decoder.
         quiet: writes nothing to standard error.
+        plot: draws the folder's plot.png at the end.
 
     Returns:
         How it ended. The model is in evaluation mode, with its last weights.
@@ -113,7 +117,7 @@ def train(
     """
     return _Run(
         model, source, config or TrainConfig(), validation, out, device, save_model, load_model
-    ).run(resume, callbacks, quiet)
+    ).run(resume, callbacks, quiet, plot)
 
 
 class _Run:
@@ -141,7 +145,7 @@ class _Run:
 
     # ---- the run --------------------------------------------------------------------------------
 
-    def run(self, resume: bool, callbacks: Sequence[Callback], quiet: bool) -> Result:
+    def run(self, resume: bool, callbacks: Sequence[Callback], quiet: bool, plot: bool) -> Result:
         start = time.perf_counter()
         first = self.engine.first
         threads = torch.get_num_threads()
@@ -164,6 +168,7 @@ class _Run:
                         )
                 try:
                     self._steps()
+                    self.log.end(path.with_name("plot.png") if path and plot else None)
                 except WorkerLost as error:
                     raise self._lost(error) from error
                 finally:
@@ -182,6 +187,7 @@ class _Run:
             p.ended or self.stop.signal or "finished",
             time.perf_counter() - start,
             self.last,
+            first,
         )
 
     def _steps(self) -> None:

@@ -39,7 +39,14 @@ def run(model=None, out=None, source=None, **changes):
     options = {k: changes.pop(k) for k in ("validation", "resume", "callbacks") if k in changes}
     settings = tiny.config(**changes)
     result = train(
-        model, source or tiny.source(), settings, out=out, quiet=True, device="cpu", **options
+        model,
+        source or tiny.source(),
+        settings,
+        out=out,
+        quiet=True,
+        plot=False,
+        device="cpu",
+        **options,
     )
     return model, result
 
