@@ -172,9 +172,9 @@ def _task(model: Decoder, text: Text, name: str, options: dict[str, Any]) -> dic
             raise ValueError(f"task {name}: give its rows with --data")
         rows = list(task.read(data))
     if options["split"] != "all":
-        sides = tasks.split(rows, options["validation"], seed=options["seed"])
+        sides = data_rows.split(rows, options["validation"], seed=options["seed"])
         rows = sides[options["split"] == "validation"]
-    rows = tasks.sample(rows, options["limit"], seed=options["seed"])
+    rows = data_rows.sample(rows, options["limit"], seed=options["seed"])
     start = time.perf_counter()
     count = len(rows)
     if task.kind == "choice":

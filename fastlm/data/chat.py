@@ -56,6 +56,7 @@ class Conversations:
     Args:
         text: the tokenizer, its template and special tokens (`fastlm.hf.tokenizer.Text`).
         template: a chat template; by default the checkpoint's, and without one plain text.
+        plain: whether texts are joined as they are, even where there is a template.
         max_length: longer conversations are cut at the end.
         drop_bad_rows: whether a row that cannot be learnt from is counted and left out instead of
             raising RowError.
@@ -67,6 +68,7 @@ class Conversations:
 
     text: Any
     template: str | None = None
+    plain: bool = False
     max_length: int | None = None
     drop_bad_rows: bool = False
     bad: list[str] = field(default_factory=list)
@@ -75,16 +77,13 @@ class Conversations:
     def __post_init__(self) -> None:
         if self.template is None:
             self.template = self.text.template
-        self._ends = {
-            number
-            for number, token in self.text.tokenizer.get_added_tokens_decoder().items()
-            if token.special
-        }
-
-    @property
-    def plain(self) -> bool:
-        """Whether there is no chat template."""
-        return self.template is None
+        self.plain = self.plain or self.template is None
+        tokenizer = self.text.tokenizer
+        # templates write special tokens as text: each must be one token there
+        known = [t for t in self.text.special.values() if tokenizer.token_to_id(t) is not None]
+        tokenizer.add_special_tokens(known)
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.ends = {number for number, token in added if token.special}
 
     def examples(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Example]:
         """The examples of (where, row) pairs; see `messages_of` for a row's shapes.
@@ -132,7 +131,8 @@ class Conversations:
         token, they are encoded apart.
         """
         special = self.text.special
-        source = PLAIN if self.template is None else self.template
+        source = PLAIN if self.plain else self.template
+        assert source is not None  # else it is plain
         text, spans = answer_spans(source, messages, special)
         cuts = self._cuts(text, spans)
         edges = [0, *cuts, len(text)]
@@ -142,7 +142,7 @@ class Conversations:
             if start == end and start:
                 continue
             # a chat template writes the special tokens itself
-            first = self.template is None and not tokens
+            first = self.plain and not tokens
             piece = self.text.tokenizer.encode(text[start:end], add_special_tokens=first)
             for number, (left, right) in zip(piece.ids, piece.offsets, strict=True):
                 tokens.append(number)
@@ -155,7 +155,7 @@ class Conversations:
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a conversation up to where the model's answer begins."""
-        if self.template is None:
+        if self.plain or self.template is None:
             return list(self.text.encode("".join(str(m["content"]) for m in messages)))
         text = render(self.template, messages, self.text.special, add_generation_prompt=True)
         return list(self.text.encode(text, special=False))
@@ -180,7 +180,7 @@ class Conversations:
             begin = stop
             while begin and mask[begin - 1]:
                 begin -= 1
-            last = next((i for i in reversed(range(begin, stop)) if tokens[i] in self._ends), None)
+            last = next((i for i in reversed(range(begin, stop)) if tokens[i] in self.ends), None)
             if last is not None and last + 1 < stop:
                 tail = self.text.tokenizer.decode(tokens[last + 1 : stop])
                 if not tail.strip():

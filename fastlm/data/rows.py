@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,39 @@ def read(
         yield row
     if not count:
         raise DataError(f"{path}: holds no rows")
+
+
+def split(rows: Iterable[Row], share: float, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """(training, validation) rows: a row's side depends on what it holds and on the seed alone.
+
+    So equal rows never stand on both sides, and an evaluation finds the rows that a fine-tuning
+    left out.
+
+    Args:
+        rows: (where, row) pairs.
+        share: of validation, from 0 to 1.
+        seed: another seed gives another split.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"split: share must be at least 0 and below 1, got {share}")
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for where, row in rows:
+        held = _fraction(row, seed) < share
+        sides[held].append((where, row))
+    return sides
+
+
+def sample(rows: Sequence[Row], count: int | None, *, seed: int = 0) -> list[Row]:
+    """`count` rows in an order that depends on the rows and the seed alone; all when None."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    return sorted(rows, key=lambda row: _fraction(row[1], seed + 1))[:count]
+
+
+def _fraction(row: Mapping[str, Any], seed: int) -> float:
+    """A number in [0, 1) made from a row."""
+    text = json.dumps([seed, row], sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 Decode = Callable[..., str]  # (bytes, file, the line they begin at) -> text

@@ -8,7 +8,7 @@ import pytest
 
 from fastlm import tasks
 from fastlm.data.chat import messages_of
-from fastlm.data.rows import sentence
+from fastlm.data.rows import sample, sentence, split
 from fastlm.tasks import TaskError
 
 ROWS = {
@@ -98,14 +98,14 @@ def test_unknown_names_and_answers():
 
 def test_a_split_depends_on_the_rows_alone():
     rows = [(f"f:{i}", {"text": str(i % 400)}) for i in range(600)]
-    training, held = tasks.split(rows, 0.2)
+    training, held = split(rows, 0.2)
     assert 60 < len(held) < 180 and len(training) + len(held) == 600
-    again = tasks.split(rows[::-1], 0.2)[1]
+    again = split(rows[::-1], 0.2)[1]
     assert sorted(held) == sorted(again)
     assert not {json.dumps(r) for _, r in training} & {json.dumps(r) for _, r in held}
-    assert tasks.split(rows, 0.2, seed=1)[1] != held
-    drawn = tasks.sample(rows, 10)
-    assert len(drawn) == 10 and drawn == tasks.sample(rows, 10) != tasks.sample(rows, 10, seed=1)
+    assert split(rows, 0.2, seed=1)[1] != held
+    drawn = sample(rows, 10)
+    assert len(drawn) == 10 and drawn == sample(rows, 10) != sample(rows, 10, seed=1)
 
 
 def test_raw_data(data):
