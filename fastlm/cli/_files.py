@@ -54,8 +54,19 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise click.ClickException(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def read_prompts(path: str) -> list[dict[str, Any]]:
-    """One row a line: {"prompt": line} of a text file, the objects of a .jsonl file."""
+def read_stdin() -> str:
+    """The standard input without the line end."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise click.ClickException(f"standard input: not UTF-8 at byte {error.start}") from error
+
+
+def read_prompts(path: str, any_columns: bool = False) -> list[dict[str, Any]]:
+    """One row a line: {"prompt": line} of a text file, the objects of a .jsonl file.
+
+    The objects must have a "prompt" or "messages", or with `any_columns` may have any.
+    """
     lines = read_text(path).split("\n")
     if lines and not lines[-1]:
         lines.pop()
@@ -67,15 +78,18 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
         line = line.removesuffix("\r")
         if not line.strip():
             raise click.ClickException(f"{where}: empty; a prompt was expected")
-        rows.append(_row(where, line) if path.endswith((".jsonl", ".ndjson")) else {"prompt": line})
+        objects = path.endswith((".jsonl", ".ndjson"))
+        rows.append(_row(where, line, any_columns) if objects else {"prompt": line})
     return rows
 
 
-def _row(where: str, line: str) -> dict[str, Any]:
+def _row(where: str, line: str, any_columns: bool) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise click.ClickException(f"{where}: not JSON: {error.msg}") from error
+    if any_columns and isinstance(row, dict):
+        return row
     kinds = [("prompt", str), ("messages", list)]
     given = [key for key, kind in kinds if isinstance(row, dict) and isinstance(row.get(key), kind)]
     if len(given) != 1 or not row[given[0]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastlm.cli._files import read_prompts, write, written
+from fastlm.cli._files import read_prompts, read_stdin, write, written
 from fastlm.cli._model import (
     drafter_options,
     model_options,
@@ -18,6 +18,7 @@ from fastlm.cli._model import (
     open_model,
     sampling_options,
 )
+from fastlm.cli._tasks import columns, defaults, fill
 
 if TYPE_CHECKING:
     from fastlm.hf.tokenizer import Text
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     help='Many texts: one a line, or .jsonl with "prompt" or "messages". Gives JSONL.',
 )
 @click.option("--output", "-o", type=click.Path(dir_okay=False), help="The JSONL, with --prompts.")
+@click.option("--task", help="A task's template and settings: see fastlm eval --help.")
+@click.option("--set", "given", multiple=True, help="NAME=VALUE: a column that the task names.")
 @click.option("--batch-size", default=8, show_default=True, help="Of --prompts.")
 @click.option("--chat", is_flag=True, help="Send a prompt as a user's message (chat models).")
 @click.option("--system", help="System message, with --chat.")
@@ -49,6 +52,8 @@ def command(
     prompt: str | None,
     file: str | None,
     output: str | None,
+    task: str | None,
+    given: tuple[str, ...],
     batch_size: int,
     chat: bool,
     system: str | None,
@@ -71,8 +76,9 @@ def command(
       fastlm generate ./smollm2 --chat --prompt "What is the capital of France?"
       echo "Once upon a time" | fastlm generate ./stories -t 0.8 --top-p 0.95 --seed 1
       fastlm generate ./stories --prompts prompts.txt -o stories.jsonl --stop "The end"
+      fastlm generate ./smollm2 --task summary --prompt "A long text ..."
     """
-    if system is not None and not chat:
+    if system is not None and not chat and task is None:
         raise click.UsageError("--system needs --chat")
     if file is not None and prompt is not None:
         raise click.UsageError("--prompt and --prompts exclude each other")
@@ -80,14 +86,31 @@ def command(
         raise click.UsageError("--output needs --prompts; redirect standard output otherwise")
     if file is not None and (lookup is not None or draft is not None):
         raise click.UsageError("--lookup and --draft take one prompt, not --prompts")
-    rows = [{"prompt": _prompt(prompt)}] if file is None else read_prompts(file)
+    extra = columns(given)
+    if given and task is None:
+        raise click.UsageError("--set needs --task")
+    if file is not None:
+        rows = [row | extra for row in read_prompts(file, any_columns=task is not None)]
+    else:
+        if prompt is None and not given:
+            prompt = read_stdin()
+        if not prompt and not given:
+            raise click.UsageError("the prompt is empty")
+        rows = [({"prompt": prompt} if prompt else {}) | extra]
+    where = [f"{file}, line {i}: " if file else "" for i in range(1, len(rows) + 1)]
     try:
         model, text = open_model(path, dtype, quantize, device)
-        where = (
-            [""] * len(rows)
-            if file is None
-            else [f"{file}, line {i + 1}: " for i in range(len(rows))]
-        )
+        if task is not None:
+            from fastlm import tasks
+
+            what = tasks.load(task)
+            rows = [
+                row | {"prompt": fill(what, row, place)}
+                for row, place in zip(rows, where, strict=True)
+            ]
+            options = defaults(what, options)
+            stop = (*stop, *what.stop)
+            chat = chat or (what.chat and text.template is not None)
         prompts = [
             _tokens(model, text, row, chat, system, place)
             for row, place in zip(rows, where, strict=True)
@@ -97,24 +120,11 @@ def command(
             _many(model, text, rows, prompts, output, stats, batch_size=batch_size, **options)
             return
         drafter = open_drafter(model, text, lookup, draft, draft_tokens, dtype, quantize, device)
-        if not chat:
-            write(rows[0]["prompt"])
+        if not chat and task is None:
+            write(str(rows[0]["prompt"]))
         _one(model, text, prompts[0], drafter, stats, options)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise click.ClickException(str(error)) from error
-
-
-def _prompt(given: str | None) -> str:
-    if given is None:
-        try:
-            given = sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
-        except UnicodeDecodeError as error:
-            raise click.ClickException(
-                f"standard input: not UTF-8 at byte {error.start}"
-            ) from error
-    if not given:
-        raise click.UsageError("the prompt is empty")
-    return given
 
 
 def _tokens(

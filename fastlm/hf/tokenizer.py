@@ -54,6 +54,15 @@ class Text:
         """The text of tokens, special ones left out."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def texts(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+        """The text of each token; of those that are no text, its name in the vocabulary.
+
+        A character that is spread over several tokens stands at the last of them. `before` is as
+        in `streamer`.
+        """
+        step = self.streamer(before)
+        return [step(token) or str(self.tokenizer.id_to_token(token)) for token in tokens]
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation, up to where the model's answer begins.
 

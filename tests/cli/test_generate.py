@@ -174,3 +174,49 @@ def test_more_errors_are_one_line(stories, byte_model, tmp_path):
         assert "--device: cuda is not there, 0 GPUs are" in done.stderr
     done = run(path, input=b"\xff\xfe")
     assert "standard input: not UTF-8 at byte 0" in done.stderr
+
+
+def test_a_task_fills_its_template(byte_model, stories, tmp_path):
+    from fastlm import tasks
+
+    summary = tasks.load("summary")
+    done = run(str(byte_model), "--task", "summary", "-p", "A text.", "-n", "6")
+    prompt = summary.fill_prompt({"text": "A text."})
+    assert done.exit_code == 0, done.output
+    assert done.stdout == run(str(byte_model), "--chat", "-p", prompt, "-n", "6").stdout
+    asked = ["--set", "question=Who?", "--set", "context=Max ran.", "-n", "3"]
+    prompt = tasks.load("question_answering").fill_prompt(
+        {"question": "Who?", "context": "Max ran."}
+    )
+    done = run(str(stories), "--task", "question_answering", *asked)
+    assert (
+        f"{prompt}{done.stdout}"
+        == run(str(stories), "-p", prompt, "-n", "3", "--stop", "\n").stdout
+    )
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"article": "Max ran."}\n')
+    row = lines(
+        run(str(byte_model), "--task", "summary", "--prompts", str(file), "-n", "2").stdout
+    )[0]
+    assert row["article"] == "Max ran." and row["prompt"] == summary.fill_prompt(
+        {"text": "Max ran."}
+    )
+
+
+def test_a_tasks_settings_are_defaults(stories):
+    story = ["--task", "story", "-p", OPENING, "--stats"]
+    drawn = run(str(stories), *story, "-n", "30").stdout
+    assert drawn != run(str(stories), *story, "-n", "30", "-t", "0").stdout
+    like = ["-t", "0.8", "--top-p", "0.95", "-n", "30", "-p", OPENING]
+    assert OPENING + drawn == run(str(stories), *like).stdout
+
+
+def test_wrong_tasks_are_named(stories, byte_model):
+    for args, text in [
+        (["--task", "none", "-p", "x"], "task must be one of"),
+        (["--task", "question_answering", "-p", "x"], "names the columns context, question, got"),
+        (["--task", "summary", "--set", "x"], "--set must be NAME=VALUE, got 'x'"),
+        (["--set", "a=b"], "--set needs --task"),
+    ]:
+        done = run(str(stories), *args, input="")
+        assert done.exit_code != 0 and text in done.stderr, (args, done.output)
