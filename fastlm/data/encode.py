@@ -10,8 +10,8 @@ from fastlm.data import DataError
 from fastlm.data.tokenizer import token_of, vocabulary
 from fastlm.hf.tokenizer import Text
 
-_BATCH = 1 << 20  # characters
-_PIECE = 1 << 18
+_BATCH = 1 << 19  # characters
+_PIECE = 1 << 17
 _LOOK = 256  # characters at each side of a cut that are compared
 _CUT = re.compile(r"(?<=[^\W\d_])(?=[ \n])")  # after a letter, before the space that follows
 

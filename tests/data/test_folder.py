@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 
@@ -84,25 +83,22 @@ def test_two_writers_of_one_folder(tmp_path):
     assert (tmp_path / "out" / "mark").read_text() == "first"
 
 
-SLOW = """
-import sys, time
-from fastlm.data.folder import complete_folder
-with complete_folder(sys.argv[1], "mark", True) as folder:
-    (folder / "half").write_text("half")
-    print("writing", flush=True)
-    time.sleep(60)
-"""
-
-
 @pytest.mark.parametrize("before", [None, "1"])
 def test_killed_while_writing(tmp_path, before):
     target = tmp_path / "out"
     if before:
         fill(target, before)
-    command = [sys.executable, "-c", SLOW, str(target)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "writing\n"
-        process.send_signal(signal.SIGKILL)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with complete_folder(target, "mark", True) as folder:
+            (folder / "half").write_text("half")
+            os.write(writer, b"!")
+            time.sleep(60)
+        os._exit(1)
+    assert os.read(reader, 1) == b"!"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     assert names(tmp_path) == sorted([".out.partial", *(["out"] if before else [])])
     if before:
         assert (target / "inner" / "file").read_text() == before
