@@ -36,20 +36,7 @@ def command(
 
     import fastlm
 
-    wanted = getattr(torch, dtype, None) if dtype else "auto"
-    if wanted not in ("auto", torch.float32, torch.bfloat16, torch.float16):
-        raise click.UsageError(f"--dtype must be float32, bfloat16 or float16, got {dtype}")
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=wanted, local_files_only=True, trust_remote_code=False
-        )
-        inputs = None
-        if prompt is not None:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-            inputs = dict(tokenizer(prompt, return_tensors="pt"))
-    except (ValueError, OSError, ImportError) as error:
-        raise click.ClickException(f"{path} cannot be opened: {error}") from error
-    model.eval()
+    model, inputs = open_model(path, dtype, prompt)
     start = time.perf_counter()
     click.echo(f"{type(model).__name__}, {model.num_parameters():,} parameters", err=True)
     before = _greedy(model, inputs, tokens)
@@ -81,6 +68,27 @@ def command(
         partial.write_text(json.dumps(content, indent=1))
         partial.replace(target)
     sys.exit(0 if report.ok else 1)
+
+
+def open_model(path: str, dtype: str | None, prompt: str | None) -> tuple[Any, Any]:
+    """The model of transformers in a folder, in evaluation mode, and the prompt's tokens."""
+    import torch
+    import transformers
+
+    wanted = getattr(torch, dtype, None) if dtype else "auto"
+    if wanted not in ("auto", torch.float32, torch.bfloat16, torch.float16):
+        raise click.UsageError(f"--dtype must be float32, bfloat16 or float16, got {dtype}")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=wanted, local_files_only=True, trust_remote_code=False
+        )
+        inputs = None
+        if prompt is not None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+            inputs = dict(tokenizer(prompt, return_tensors="pt"))
+    except (ValueError, OSError, ImportError) as error:
+        raise click.ClickException(f"{path} cannot be opened: {error}") from error
+    return model.eval(), inputs
 
 
 def _greedy(model: Any, inputs: dict[str, Any] | None, count: int) -> list[int]:

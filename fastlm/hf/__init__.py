@@ -3,8 +3,17 @@
 Importing this does not import transformers; what needs it imports it at its first use.
 """
 
-from fastlm.hf.explain import explain_model
+from fastlm.hf.explain import Coverage, coverage, explain_model
 from fastlm.hf.patch import Patch, patch, unpatch
 from fastlm.hf.verify import Report, verify
 
-__all__ = ["Patch", "Report", "explain_model", "patch", "unpatch", "verify"]
+__all__ = [
+    "Coverage",
+    "Patch",
+    "Report",
+    "coverage",
+    "explain_model",
+    "patch",
+    "unpatch",
+    "verify",
+]

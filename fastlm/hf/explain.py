@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import profiler
+from torch.nn.modules import module as hooks
 
 from fastlm.explain import describe
 from fastlm.hf import _probe
-from fastlm.hf.patch import is_ours, patch, suspended
+from fastlm.hf.patch import collapsed, is_ours, patch, suspended
 from fastlm.hf.verify import _arguments
 from fastlm.ops import _registry
+from fastlm.ops._registry import Verdict
+
+
+@dataclass
+class Coverage:
+    """How much of a model runs on fastlm's kernels, and what the rest is."""
+
+    modules: int = 0  # that hold parameters and run on them
+    of: int = 0  # that hold parameters
+    without: Counter[str] = field(default_factory=Counter)  # class -> how many others
+    time: float = 0.0  # share of the time that a forward pass spends in operators
+    others: list[tuple[str, float]] = field(default_factory=list)  # operator of PyTorch, its share
+
+    def __str__(self) -> str:
+        text = f"coverage: {self.modules} of {self.of} modules with parameters"
+        if self.without:
+            text += f" (not {', '.join(f'{n} {cls}' for cls, n in self.without.most_common())})"
+        text += f"; {self.time:.0%} of the time in operators, measured in one forward pass"
+        if self.others:
+            largest = ", ".join(f"{name} {share:.0%}" for name, share in self.others[:4])
+            text += f"\n  the rest: {largest}"
+        return text
 
 
 def explain_model(model: nn.Module, inputs: Any = None) -> str:
@@ -23,25 +50,145 @@ def explain_model(model: nn.Module, inputs: Any = None) -> str:
         inputs: what to call it with, as for `verify`; made up by default.
 
     Returns:
-        Text: the report of the patch, then one line for each kind of call of an operator in a
-        forward pass, with the backend that ran, and below it why others did not.
+        Text: the report of the patch; one line for each kind of call of an operator in a forward
+        pass, with the backend that ran and the modules that called it, and below it why others did
+        not run; and the coverage (see `coverage`).
     """
     with suspended(model), patch(model) as made:
         lines = [made.report()]
-    patched = any(is_ours(m.__dict__.get("forward")) for m in model.modules())
-    with contextlib.nullcontext() if patched else patch(model), _probe.evaluating(model):
+    with _patched(model):
         try:
             arguments = _arguments(model, inputs)
         except TypeError as e:
             return "\n".join([*lines, str(e)])
-        with torch.no_grad(), _registry.recording() as verdicts:
+        with torch.no_grad(), _registry.recording() as verdicts, _callers(model, verdicts) as paths:
             model(**arguments)
-    counts: dict[str, int] = {}
-    for verdict in verdicts:
-        text = describe(verdict)
-        counts[text] = counts.get(text, 0) + 1
+        covered = coverage(model, inputs)
+    calls: dict[str, list[str]] = {}
+    for verdict, path in zip(verdicts, paths, strict=True):
+        calls.setdefault(describe(verdict), []).append(path)
     lines.append(f"one forward pass calls fastlm's operators {len(verdicts)} times:")
-    for text, n in counts.items():
+    for text, callers in calls.items():
         first, *rest = text.splitlines()
-        lines += [f"  {first}  ({n} times)" if n > 1 else f"  {first}", *(f"  {r}" for r in rest)]
-    return "\n".join(lines)
+        n = len(callers)
+        lines += [f"  {first}  ({n} times)" if n > 1 else f"  {first}"]
+        lines += [f"    in {', '.join(collapsed(callers))}", *(f"  {r}" for r in rest)]
+    return "\n".join([*lines, str(covered)])
+
+
+def coverage(model: nn.Module, inputs: Any = None) -> Coverage:
+    """The share of a model that runs on fastlm's kernels; of a model without a patch, once patched.
+
+    Args:
+        model: as for `explain_model`.
+        inputs: what to call it with, as for `verify`; made up by default.
+
+    Returns:
+        A Coverage. Modules count where they hold parameters themselves. The time is that of one
+        forward pass on `inputs`, without Python's share of it; what the chooser leaves to PyTorch
+        inside one of our operators is ours.
+    """
+    made, device = Coverage(), _device(model)
+    with _patched(model):
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is None:
+                continue
+            made.of += 1
+            if is_ours(module.__dict__.get("forward")):
+                made.modules += 1
+            else:
+                made.without[type(module).__name__] += 1
+        arguments = _arguments(model, inputs)
+        with torch.no_grad():
+            model(**arguments)
+            with _marked(model), profiler.profile(use_device=device) as profile:
+                model(**arguments)
+    spent: Counter[str] = Counter()
+    for event in profile.function_events or ():
+        if event.name.startswith(("fastlm::", "aten::")):
+            name = "fastlm" if _inside_ours(event) else event.name
+            spent[name] += event.self_device_time_total if device else event.self_cpu_time_total
+    total = sum(spent.values()) or 1
+    made.time = spent.pop("fastlm", 0) / total
+    made.others = [(name, t / total) for name, t in spent.most_common()]
+    return made
+
+
+def _device(model: nn.Module) -> str | None:
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    return None if kind == "cpu" else kind
+
+
+def _inside_ours(event: Any) -> bool:
+    while event is not None:
+        if event.name.startswith("fastlm"):
+            return True
+        event = event.cpu_parent
+    return False
+
+
+@contextlib.contextmanager
+def _marked(model: nn.Module) -> Iterator[None]:
+    """Modules whose whole forward is ours are marked in profiles, whatever they call inside."""
+    ranges: list[Any] = []
+
+    def ours(module: nn.Module) -> bool:
+        function = getattr(module.__dict__.get("forward"), "__func__", None)
+        made_here = getattr(function, "__module__", "").startswith("fastlm.hf.")
+        return made_here and not hasattr(function, "__wrapped__") and not hasattr(function, "whole")
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if ours(module):
+            ranges.append(profiler.record_function("fastlm").__enter__())
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        if ours(module):
+            ranges.pop().__exit__(None, None, None)
+
+    with _hooked(enter, leave):
+        yield
+
+
+@contextlib.contextmanager
+def _patched(model: nn.Module) -> Iterator[None]:
+    """Patched and in evaluation mode inside the block."""
+    ours = any(is_ours(m.__dict__.get("forward")) for m in model.modules())
+    with contextlib.nullcontext() if ours else patch(model), _probe.evaluating(model):
+        yield
+
+
+@contextlib.contextmanager
+def _callers(model: nn.Module, verdicts: list[Verdict]) -> Iterator[list[str]]:
+    """The path of the innermost module that ran when each verdict was given."""
+    names = {id(m): path for path, m in model.named_modules()}
+    stack: list[str] = []
+    paths: list[str] = []
+
+    def note() -> None:
+        paths.extend([stack[-1] if stack else ""] * (len(verdicts) - len(paths)))
+
+    def enter(module: nn.Module, args: Any) -> None:
+        note()
+        stack.append(names.get(id(module), type(module).__name__))
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        note()
+        stack.pop()
+
+    with _hooked(enter, leave):
+        yield paths
+        note()
+
+
+@contextlib.contextmanager
+def _hooked(enter: Any, leave: Any) -> Iterator[None]:
+    """PyTorch's hooks for all modules inside the block: one of its own would change its path."""
+    handles = [
+        hooks.register_module_forward_pre_hook(enter),
+        hooks.register_module_forward_hook(leave),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -234,7 +234,10 @@ class _Patcher:
             return
         if own is not _ABSENT and getattr(own, "__func__", None) is not type(module).forward:
             if self._verdict(module)[1] is not None:
-                self._note(path, module, "kept", "another tool has replaced its forward")
+                reason = "another tool has replaced its forward"
+                if "_hf_hook" in module.__dict__:
+                    reason = "accelerate has wrapped its forward (device_map): patch before placing"
+                self._note(path, module, "kept", reason)
             return
         kept, match = self._verdict(module)
         for reason in kept:
@@ -443,6 +446,14 @@ def _table(entries: list[Entry]) -> list[str]:
         return []
     widths = [max(len(r[i]) for r in rows) for i in (0, 1)]
     return [f"  {p:<{widths[0]}}  {m:<{widths[1]}}  {t}".rstrip() for p, m, t in rows]
+
+
+def collapsed(paths: Iterable[str]) -> list[str]:
+    """Paths with those that differ in a layer's number drawn together, each once."""
+    groups: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        groups.setdefault(pattern(path), []).append(path)
+    return [_collapse(p, members) for p, members in groups.items()]
 
 
 def pattern(path: str) -> str:

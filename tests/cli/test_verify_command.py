@@ -55,3 +55,13 @@ def test_an_error_over_its_budget_is_code_1(stories, monkeypatch):
 def test_bad_input_is_said(args, text):
     done = run(*args)
     assert done.exit_code != 0 and text in done.output
+
+
+def test_explain_a_folder(stories, tmp_path):
+    done = CliRunner().invoke(main, ["explain", stories, "--prompt", "Once upon a time"])
+    assert done.exit_code == 0, done.output
+    assert "model.layers.{0-4}.self_attn" in done.stdout and "\ncoverage: " in done.stdout
+    done = CliRunner().invoke(main, ["explain", str(tmp_path)])
+    assert done.exit_code == 1 and f"{tmp_path} cannot be opened" in done.output
+    done = CliRunner().invoke(main, ["explain", "attention", "--dtype", "float32"])
+    assert done.exit_code == 2 and "no folder 'attention'" in done.output

@@ -12,6 +12,7 @@ from tiny_models import tiny, token_numbers
 from torch import nn
 
 import fastlm
+from fastlm.hf import coverage
 from fastlm.hf._float64 import float64
 from fastlm.hf.patch import is_ours
 
@@ -100,4 +101,25 @@ def test_explain_a_model():
     assert "model.layers.{0-1}.self_attn" in text
     assert "one forward pass calls fastlm's operators" in text
     assert "attention on cpu, float32" in text
+    lines = text.splitlines()
+    norms = next(i for i, line in enumerate(lines) if line.startswith("  rms_norm on cpu"))
+    # the norm after the residual addition runs inside the layer
+    assert lines[norms].endswith("(5 times)")
+    named = "in model.layers.{0-1}.input_layernorm, model.layers.{0-1}, model.norm"
+    assert lines[norms + 1].strip() == named
     assert not any(is_ours(m.__dict__.get("forward")) for m in model.modules())
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+def test_coverage():
+    made = coverage(tiny())
+    assert (made.modules, made.of, dict(made.without)) == (20, 21, {"Embedding": 1})
+    assert 0 < made.time < 1 and made.others[0][1] < 1
+    assert str(made).startswith("coverage: 20 of 21 modules with parameters (not 1 Embedding); ")
+    model = nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.Conv1d(1, 1, 3))
+    part = coverage(model, {"input": torch.randn(64, 1, 512)})
+    assert (part.modules, part.of) == (1, 3 - 1)
+    with fastlm.patch(model):
+        assert coverage(model, {"input": torch.randn(64, 1, 512)}).modules == 1
+    # with nothing but PyTorch's own products and functions, nothing is ours
+    assert coverage(nn.Conv1d(1, 1, 3), {"input": torch.randn(2, 1, 64)}).time == 0
