@@ -8,7 +8,7 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -53,6 +53,9 @@ by_pip = "setuptools.build_meta" in sys.modules
 needs_torch = by_pip and native.find_torch() is None
 
 setup(
+    packages=find_packages(include=["fastlm*"])
+    + [f"fastlm.{name}" for name in find_packages(include=["benchmarks*"])],
+    package_dir={"fastlm.benchmarks": "benchmarks"},
     ext_modules=[Extension("fastlm._C", sources=[], optional=True)],
     cmdclass={"build_ext": NativeBuild},
     setup_requires=[f"torch>={native.MIN_TORCH}"] if needs_torch else [],

@@ -72,7 +72,7 @@ class Case:
 def load(ops: Iterable[str] = OPS) -> list[Case]:
     """The cases of the named operators, in order."""
     return [
-        case for op in ops for case in importlib.import_module(f"benchmarks.ops.test_{op}").CASES
+        case for op in ops for case in importlib.import_module(f"{__package__}.ops.test_{op}").CASES
     ]
 
 

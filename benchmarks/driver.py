@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from benchmarks.case import Call, Case, Work
-from benchmarks.machine import Limits, cache_size
-from benchmarks.timing import Thunk, Times, interleave
 from fastlm.ops._registry import recording
 from fastlm.testing import compare
+
+from .case import Call, Case, Work
+from .machine import Limits, cache_size
+from .timing import Thunk, Times, interleave
 
 ROTATED = 2**29  # bytes of rotated weights at most
 

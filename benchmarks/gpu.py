@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import case as cases
 from benchmarks import driver, gpu_cases, machine, results_file
-from benchmarks.__main__ import line
+from benchmarks.session import line
 from benchmarks.case import Case, Work
 from benchmarks.driver import Outcome
 from benchmarks.gpu_cases import GpuCase

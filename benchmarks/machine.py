@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 import fastlm
-from benchmarks.timing import raised
 from fastlm import _ext, memory
+
+from .timing import raised
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +57,8 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """The commit's short hash, with "-dirty" where sources differ; "unknown" outside of git."""
+    if not (ROOT / "pyproject.toml").is_file():
+        return "unknown"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         made = _git("rev-parse", "--short=10", "HEAD")
         changed = _git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results", ":!*.md")

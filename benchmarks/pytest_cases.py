@@ -6,15 +6,21 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 
-import pytest
 import torch
 
-from benchmarks import driver
-from benchmarks.case import Case, Work
+from . import driver
+from .case import Case, Work
 
 
 def benchmark_test(cases: Sequence[Case]) -> Callable[..., None]:
-    """A test that checks each case once, then times ours and eager in one group."""
+    """A test that checks each case once, then times ours and eager in one group.
+
+    Without pytest, which `fastlm bench` does not need, the test only says so.
+    """
+    try:
+        import pytest
+    except ModuleNotFoundError as missing:
+        return functools.partial(_refuse, missing)
 
     @pytest.mark.parametrize("implementation", ["ours", "eager"])
     @pytest.mark.parametrize("case", cases, ids=lambda case: case.id.split("/", 1)[1])
@@ -34,6 +40,10 @@ def benchmark_test(cases: Sequence[Case]) -> Callable[..., None]:
             benchmark(lambda: next(turn)())
 
     return test
+
+
+def _refuse(missing: ModuleNotFoundError) -> None:
+    raise missing
 
 
 @functools.lru_cache(maxsize=1)  # the two implementations of a case follow each other

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import gpu_report, results_file
-from benchmarks.machine import ROOT
+from . import gpu_report, results_file
+from .machine import ROOT
 
 # What README shows of the operators: the shapes the project promises.
 HEADLINES = (

@@ -13,12 +13,16 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def write(path: Path, content: Mapping[str, object]) -> None:
+    """Writes a result, whole or not at all."""
+    write_text(path, json.dumps({"format": FORMAT, **content}, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes beside the target, then renames: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, **content}, indent=1) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)

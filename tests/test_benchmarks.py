@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from benchmarks import case as cases
 from benchmarks import driver, machine, report, results_file
-from benchmarks.__main__ import line, main, summary
+from benchmarks.__main__ import main
 from benchmarks.case import Case, Work
+from benchmarks.session import line, summary
 from benchmarks.timing import Times, interleave
 
 ROOT = Path(__file__).resolve().parent.parent

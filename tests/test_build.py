@@ -26,7 +26,7 @@ def tree(tmp_path):
     copy.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "Makefile"):
         shutil.copy(ROOT / name, copy)
-    for name in ("fastlm", "csrc", "build_support", "scripts"):
+    for name in ("fastlm", "benchmarks", "csrc", "build_support", "scripts"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     return copy
@@ -175,7 +175,9 @@ def test_wheel_holds_no_sources(tree):
     assert built.returncode == 0, built.stderr
     assert [entry.name for entry in (tree / "lib").iterdir()] == ["fastlm"]
     suffixes = {file.suffix for file in (tree / "lib").rglob("*") if file.is_file()}
-    assert suffixes == {".py", ".typed"}
+    assert suffixes == {".py", ".typed", ".json", ".html"}  # tasks, and the benchmarks' page
+    assert (tree / "lib/fastlm/benchmarks/ops/test_linear.py").is_file()
+    assert not (tree / "lib/fastlm/benchmarks/results").exists()
 
 
 # ---- scripts/bootstrap.py ----------------------------------------------------------------------

@@ -252,9 +252,10 @@ BENCHMARK = '''\
 
 from __future__ import annotations
 
-from benchmarks.case import DTYPES, Case, Work, randn, size
-from benchmarks.pytest_cases import benchmark_test
 from fastlm import ops, reference
+
+from ..case import DTYPES, Case, Work, randn, size
+from ..pytest_cases import benchmark_test
 
 
 def case(dtype: str, rows: int, width: int) -> Case:

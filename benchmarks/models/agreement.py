@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.case import DTYPES
-from benchmarks.models.variants import TITLES, Transformers, load
 from fastlm.testing import Error, error
+
+from ..case import DTYPES
+from .variants import TITLES, Transformers, load
 
 
 @dataclass(frozen=True)

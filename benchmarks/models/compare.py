@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models.variants import NAMES
-from benchmarks.models.worker import Worker
+from .variants import NAMES
+from .worker import Worker
 
 
 @dataclass(frozen=True)

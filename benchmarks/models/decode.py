@@ -26,12 +26,13 @@ from unittest import mock
 
 import torch
 
-from benchmarks import machine, results_file
-from benchmarks.case import DTYPES
-from benchmarks.models import llama_cpp
-from benchmarks.timing import raised
 from fastlm.models import Config, Decoder, plan
 from fastlm.testing import error
+
+from .. import machine, results_file
+from ..case import DTYPES
+from ..timing import raised
+from . import llama_cpp
 
 SIZES = {
     "15M": {"hidden": 288, "layers": 6, "heads": 6, "intermediate": 768, "max_positions": 1024},

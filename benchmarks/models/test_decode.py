@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from benchmarks.models import decode
+from . import decode
 
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
+from ..machine import ROOT
 
 
 class Worker:
@@ -24,8 +24,9 @@ class Worker:
 
     def __init__(self, variant: str, dtype: str, folder: Path) -> None:
         self.variant = variant
-        command = [sys.executable, "-m", "benchmarks.models.worker", variant, dtype, str(folder)]
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        command = [sys.executable, "-m", f"{__package__}.worker", variant, dtype, str(folder)]
+        checkout = [] if __package__.startswith("fastlm.") else [str(ROOT)]
+        paths = [*checkout, os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -95,9 +96,9 @@ def _serve(variant: str, dtype: str, folder: str) -> None:
 
     import torch
 
-    from benchmarks.case import DTYPES
-    from benchmarks.models import variants
-    from benchmarks.timing import raised
+    from ..case import DTYPES
+    from ..timing import raised
+    from . import variants
 
     def answer(value: object) -> None:
         answers.write(json.dumps(value) + "\n")

@@ -6,9 +6,10 @@ from functools import partial
 
 import torch.nn.functional as F
 
-from benchmarks.case import DTYPES, Case, Work, randn, size
-from benchmarks.pytest_cases import benchmark_test
 from fastlm import ops, reference
+
+from ..case import DTYPES, Case, Work, randn, size
+from ..pytest_cases import benchmark_test
 
 EAGER = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from benchmarks.case import DTYPES, Case, Work, randn, size
-from benchmarks.pytest_cases import benchmark_test
 from fastlm import ops, reference
+
+from ..case import DTYPES, Case, Work, randn, size
+from ..pytest_cases import benchmark_test
 
 
 def case(dtype: str, rows: int, width: int, inner: int, *, gated=True, cold=False, backward=False):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from benchmarks.case import DTYPES, Case, Work, randn, size
-from benchmarks.pytest_cases import benchmark_test
 from fastlm import ops, reference
+
+from ..case import DTYPES, Case, Work, randn, size
+from ..pytest_cases import benchmark_test
 
 
 def case(dtype: str, rows: int, width: int, vocab: int, *, backward: bool = True):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.case import DTYPES, Case, Work, randn, size
-from benchmarks.pytest_cases import benchmark_test
 from fastlm import ops, reference
+
+from ..case import DTYPES, Case, Work, randn, size
+from ..pytest_cases import benchmark_test
 
 
 def eager(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

@@ -40,17 +40,20 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
+        module = importlib.import_module(f"fastlm.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
         try:
-            module = importlib.import_module(f"fastlm.cli.{cmd_name.replace('-', '_')}")
+            return super().invoke(ctx)
         except ModuleNotFoundError as error:
             extra = _EXTRAS.get((error.name or "").partition(".")[0])
             if extra is None:
                 raise
             raise click.ClickException(
-                f"{cmd_name} needs the package {error.name}: pip install 'fastlm[{extra}]'"
+                f"this needs the package {error.name}: pip install 'fastlm[{extra}]'"
             ) from error
-        command: click.Command = module.command
-        return command
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -47,7 +47,7 @@ def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.import_module", missing)
     result = run("info")
     assert result.exit_code == 1
-    assert "info needs the package gguf: pip install 'fastlm[gguf]'" in result.output
+    assert "needs the package gguf: pip install 'fastlm[gguf]'" in result.output
 
 
 def test_info_as_table_and_json():
