@@ -58,6 +58,7 @@ class Reading:
         if self.errors not in ("strict", "replace"):
             raise DataError(f"errors must be strict or replace, got {self.errors!r}")
         try:
+            b"a".decode(self.encoding, "replace")
             codecs.getincrementaldecoder(self.encoding)
         except LookupError as error:
             raise DataError(f"encoding: {error}") from error
@@ -84,7 +85,8 @@ class Sources:
     """The files behind a list of paths, found and checked before the first is read.
 
     Args:
-        paths: files, folders (searched with all below them) and .zip archives.
+        paths: files, folders (searched with all below them, but not what is hidden, .NAME) and
+            .zip archives.
         reading: how they become documents.
 
     Attributes:
@@ -312,8 +314,10 @@ def _find(path: Path, include: Sequence[str]) -> Iterator[_File | None]:
         raise DataError(f"{path}: {error.strerror}") from error
     if stat.S_ISDIR(status.st_mode):
         for root, folders, files in os.walk(path, onerror=_raise):
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             for file in (Path(root, name) for name in sorted(files)):
+                if file.name.startswith("."):
+                    continue
                 if _named(file.name, ["*.zip"]) and file.is_file():
                     yield from _members(file, include)
                 elif _wanted(file.name, include) and file.is_file():
@@ -333,7 +337,7 @@ def _raise(error: OSError) -> None:
 
 
 def _whole(path: Path) -> _File:
-    if not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK, effective_ids=True):
         raise DataError(f"{path}: no permission to read it")
     return _File(_shown(str(path)), path.stat().st_size, path)
 
@@ -342,7 +346,7 @@ def _members(path: Path, include: Sequence[str]) -> Iterator[_File | None]:
     try:
         with zipfile.ZipFile(path) as archive:
             for info in sorted(archive.infolist(), key=lambda info: info.filename):
-                if info.is_dir():
+                if info.is_dir() or _hidden(info.filename):
                     continue
                 if not _wanted(Path(info.filename).name, include):
                     yield None
@@ -353,6 +357,10 @@ def _members(path: Path, include: Sequence[str]) -> Iterator[_File | None]:
                 yield _File(name, info.file_size, path, info.filename)
     except (zipfile.BadZipFile, OSError) as error:
         raise DataError(f"{path}: not a zip archive that can be read: {error}") from error
+
+
+def _hidden(member: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in member.split("/"))
 
 
 def _wanted(name: str, include: Sequence[str]) -> bool:

@@ -107,9 +107,9 @@ def test_killed_while_writing(tmp_path, before):
     assert names(target) == ["inner", "mark"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_no_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError):
+def test_no_permission(tmp_path, nobody):
+    tmp_path.chmod(0o555)
+    with nobody(tmp_path), pytest.raises(PermissionError, match="out"):
         fill(tmp_path / "out", "1")
     tmp_path.chmod(0o700)
+    assert names(tmp_path) == []

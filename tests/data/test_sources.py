@@ -64,9 +64,12 @@ def test_folders_and_archives_in_order(tmp_path):
     put(tmp_path, "in/a.jsonl", '{"text": "j"}')
     put(tmp_path, "in/picture.png", b"\x89PNG")
     put(tmp_path, "in/raw.neg", "n")
+    put(tmp_path, "in/.git/notes.txt", "hidden")
+    put(tmp_path, "in/.hidden.txt", "hidden")
     with zipfile.ZipFile(tmp_path / "in" / "c.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/2.txt", "2")
         archive.writestr("x/1.txt", "1")
+        archive.writestr("__MACOSX/x/._1.txt", "hidden")
         archive.writestr("x/3.neg", "3")
     assert texts(tmp_path / "in") == ["j", "b", "1", "2", "z"]
     found = Sources([tmp_path / "in"])
@@ -163,10 +166,12 @@ def test_what_cannot_be_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="pipe: expected a file or a folder"):
         read(tmp_path / "pipe")
-    if os.geteuid() != 0:
-        put(tmp_path, "a.txt", "a").chmod(0)
-        with pytest.raises(DataError, match=r"a\.txt: no permission"):
-            read(tmp_path / "a.txt")
+
+
+def test_no_permission_to_read(tmp_path, nobody):
+    put(tmp_path, "a.txt", "a").chmod(0)
+    with nobody(tmp_path), pytest.raises(DataError, match=r"a\.txt: no permission"):
+        read(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +180,7 @@ def test_what_cannot_be_opened(tmp_path):
         ({"separator": ""}, "separator must not be empty"),
         ({"errors": "ignore"}, "errors must be strict or replace"),
         ({"encoding": "utf-99"}, "encoding: unknown encoding"),
+        ({"encoding": "hex"}, "encoding: 'hex' is not a text encoding"),
     ],
 )
 def test_wrong_options(reading, match):
