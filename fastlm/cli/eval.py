@@ -92,11 +92,12 @@ def command(
     """
     from fastlm.hf import tokenizer
     from fastlm.models import Decoder
+    from fastlm.train.checkpoint import TrainingError, resolve
 
     if not texts and not tasks:
         raise click.UsageError("give --text or --task (or --list)")
     try:
-        decoder = Decoder.from_pretrained(model, dtype)
+        decoder = Decoder.from_pretrained(resolve(model), dtype)
         if adapter is not None:
             from fastlm.train import lora
 
@@ -104,7 +105,7 @@ def command(
         text = tokenizer.load(decoder.source or model)
         results = [_text(decoder, text, path, options) for path in texts]
         results += [_task(decoder, text, name, options) for name in tasks]
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, TrainingError) as error:
         raise click.ClickException(_hint(error)) from error
     _table(results)
     if out:

@@ -95,29 +95,34 @@ def score(
     for context, continuation in pairs:
         if not context or not continuation:
             raise ValueError("score: a context and a continuation must have at least one token")
-    limit = model.config.max_positions
-    device = model.embed.weight.device
-    out: list[Score | None] = [None] * len(pairs)
-    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    device, out = model.embed.weight.device, {}
+    inputs: dict[tuple[int, ...], list[int]] = {}  # equal ones, as of one-token choices, run once
+    for i, (context, continuation) in enumerate(pairs):
+        whole = (*context, *continuation)[-model.config.max_positions - 1 :]
+        inputs.setdefault(whole[:-1], []).append(i)
+    order = sorted(inputs, key=lambda tokens: -len(tokens))
     for chosen in batches(order, batch_size):
-        rows, targets = [], []
-        for i in chosen:
-            whole = [*pairs[i][0], *pairs[i][1]][-limit - 1 :]
-            count = min(len(pairs[i][1]), len(whole) - 1)
-            rows.append(whole[:-1])
-            targets.append([_IGNORE] * (len(whole) - 1 - count) + whole[len(whole) - count :])
-        wanted = pad(targets, _IGNORE, device)
-        kept = wanted != _IGNORE
-        hidden = model.hidden(pad(rows, 0, device))[kept]
-        losses, best = _losses_and_best(model, hidden, wanted[kept])
-        right = best == wanted[kept]
-        counts = kept.sum(1).tolist()
-        pieces = zip(chosen, losses.split(counts), right.split(counts), counts, strict=True)
-        for i, loss, hit, count in pieces:
+        places, targets, counts, numbers = [], [], [], []
+        for row, tokens in enumerate(chosen):
+            for i in inputs[tokens]:
+                wanted = list(pairs[i][1])[-len(tokens) :]
+                first = len(tokens) - len(wanted)
+                places += [(row, place) for place in range(first, len(tokens))]
+                targets += wanted
+                counts.append(len(wanted))
+                numbers.append(i)
+        hidden = model.hidden(pad(chosen, 0, device))
+        rows, columns = torch.tensor(places, device=device).T
+        wanted_tokens = torch.tensor(targets, device=device)
+        losses, best = _losses_and_best(model, hidden[rows, columns], wanted_tokens)
+        right = best == wanted_tokens
+        for i, loss, hit, count in zip(
+            numbers, losses.split(counts), right.split(counts), counts, strict=True
+        ):
             out[i] = Score(-float(loss.double().sum()), count, bool(hit.all()))
         if progress is not None:
-            progress(len(chosen))
-    return [s for s in out if s is not None]
+            progress(len(numbers))
+    return [out[i] for i in range(len(pairs))]
 
 
 @torch.inference_mode()

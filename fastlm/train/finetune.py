@@ -25,6 +25,7 @@ from fastlm.train.checkpoint import (
     Checkpoints,
     Save,
     load_decoder,
+    resolve,
     save_decoder,
     write_record,
     write_text,
@@ -99,7 +100,7 @@ def finetune(
     """Fine-tunes a model on rows and writes the result to a directory.
 
     Args:
-        model: a Hugging Face directory or a .gguf file.
+        model: a Hugging Face directory, a .gguf file, or a training run's folder.
         rows: (where, row) pairs, see `fastlm.data.chat.messages_of` for a row's shapes.
         out: the directory; see the module for what it will hold.
         settings: Settings() when None.
@@ -116,7 +117,7 @@ def finetune(
         TrainingError, CheckpointError, ValueError: before anything is written, where possible.
     """
     settings = settings or Settings()
-    out = Path(out)
+    model, out = resolve(model), Path(out)
     if out.resolve() == Path(model).resolve():
         raise ValueError(f"{out}: the result needs a directory of its own, not the model's")
     decoder = Decoder.from_pretrained(model)
