@@ -46,6 +46,25 @@ inline void quantized_product(const PlanStep& s, const PlanProduct& p, const voi
   s.quantized->forward(a, 0, (count + kQuantizedPanel - 1) / kQuantizedPanel);
 }
 
+// The sums of `one_row` for every row of x, bit for bit. A tile over all of k adds in the order of
+// its streams; what `one_row` adds in another order goes row by row.
+template <class T>
+void rows_alone(const T* x, int64_t rows, const T* w, int64_t rows_w, int64_t k, Sums* sums,
+                bool near) {
+  alignas(64) float rest[kPanel];
+  for (int64_t m = 0; m < rows; m += kTileX) {
+    const int64_t some = min_of<int64_t>(kTileX, rows - m);
+    float* to = sums->at + m * kPanel;
+    const int64_t tiled = near || some == 1 ? 0 : rows_w / 8 * 8;  // 8 streams
+    if (tiled > 0) panel_block(x + m * k, k, some, w, k, tiled, k, to, false);
+    if (tiled == rows_w) continue;
+    for (int64_t b = 0; b < some; ++b) {
+      one_row(x + (m + b) * k, w + tiled * k, k, rows_w - tiled, k, rest, near);
+      for (int64_t j = tiled; j < rows_w; ++j) to[b * kPanel + j] = rest[j - tiled];
+    }
+  }
+}
+
 // Calls f(first, count, sums) for weight rows [first, first + count) until all of [begin, end) are
 // done.
 template <class T, class F>
@@ -56,11 +75,9 @@ inline void for_panels(const PlanStep& s, const PlanProduct& p, const void* x, i
     const int64_t count = min_of<int64_t>(panel, end - n);
     if (p.scale != nullptr) {
       quantized_product(s, p, x, n, count, sums);
-    } else if (s.one_sequence) {  // a panel stays in the caches from its first row on
-      for (int64_t b = 0; b < s.batch; ++b) {
-        one_row(static_cast<const T*>(x) + b * p.in, static_cast<const T*>(p.w) + n * p.in, p.in,
-                count, p.in, sums->at + b * kPanel, s.near);
-      }
+    } else if (s.one_sequence) {
+      rows_alone(static_cast<const T*>(x), s.batch, static_cast<const T*>(p.w) + n * p.in, count,
+                 p.in, sums, s.near);
     } else {
       panel_product(static_cast<const T*>(x), s.batch, static_cast<const T*>(p.w) + n * p.in, p.in,
                     count, p.in, sums, s.near);

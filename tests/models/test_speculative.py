@@ -122,6 +122,20 @@ def test_a_pass_over_rows_of_a_sequence_has_the_bits_of_single_steps(past, rows,
         model = make("llama", **{**sizes, "intermediate": 1088}).quantize(int(kind[3:]))
     else:
         model = make("llama", getattr(torch, kind), **sizes, tied_head=False)
+    check_rows(model, past, rows)
+
+
+@needs_plan
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_so_it_is_where_weights_come_from_memory(dtype):
+    # over 24 MiB; 2056: a row in several blocks; 1111 and 6203: panels with a tail
+    sizes = {"vocab": 6203, "hidden": 2056, "head_dim": 22, "intermediate": 1111, "layers": 1}
+    model = make("llama", dtype, **sizes)
+    for rows in (2, 3, 4, 5, 7, 16):
+        check_rows(model, 20, rows)
+
+
+def check_rows(model: Decoder, past: int, rows: int) -> None:
     prompt, tokens = torch.randint(0, 203, (1, past)), torch.randint(0, 203, (rows,))
     caches = model.new_cache(1, 4), model.new_cache(1, 4)
     with torch.inference_mode():
