@@ -131,7 +131,7 @@ def test_so_it_is_where_weights_come_from_memory(dtype):
     # over 24 MiB; 2056: a row in several blocks; 1111 and 6203: panels with a tail
     sizes = {"vocab": 6203, "hidden": 2056, "head_dim": 22, "intermediate": 1111, "layers": 1}
     model = make("llama", dtype, **sizes)
-    for rows in (2, 3, 4, 5, 7, 16):
+    for rows in (2, 7, 16):
         check_rows(model, 20, rows)
 
 
