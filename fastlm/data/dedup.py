@@ -178,6 +178,7 @@ def near_duplicates(
     hasher: MinHash,
     text: Callable[[int], str],
     rows: np.ndarray,
+    origin: np.ndarray | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Iterator[tuple[int, int, float]]:
     """The documents to drop, each with the one that stays and their similarity.
@@ -190,11 +191,14 @@ def near_duplicates(
         hasher: made the keys.
         text: gives document i's text again.
         rows: the documents to look at, in order.
+        origin: [n]; documents of one origin are parts of one text and not compared.
         progress: called as progress(stage, done, total).
     """
     runs = lru_cache(16)(lambda i: hasher.runs(text(i)))
     dropped: set[int] = set()
     pairs = rows[candidates(keys, rows)]
+    if origin is not None:
+        pairs = pairs[origin[pairs[:, 0]] != origin[pairs[:, 1]]]
     for done, (earlier, later) in enumerate(pairs.tolist()):
         progress("comparing", done + 1, len(pairs))
         if earlier in dropped or later in dropped:

@@ -215,15 +215,18 @@ def _unique(
 ) -> np.ndarray:
     """Which documents stay, bool [n]."""
     kept = np.ones(spool.count, bool)
+    origin = np.cumsum(~spool.joins)  # parts of one text may be alike
     if selection.exact:
         first = equal(spool.digests)
-        kept = first == np.arange(spool.count)
+        kept = (first == np.arange(spool.count)) | (origin == origin[first])
         for i in np.flatnonzero(~kept).tolist():
             label, text = spool.read(i)
             dropped.add("exact duplicate", label, f"equal to {spool.read(int(first[i]))[0]}", text)
     if hasher is not None:
         rows = np.flatnonzero(kept)
-        finds = near_duplicates(spool.keys, hasher, lambda i: spool.read(i)[1], rows, progress)
+        finds = near_duplicates(
+            spool.keys, hasher, lambda i: spool.read(i)[1], rows, origin, progress
+        )
         for i, original, similarity in finds:
             kept[i] = False
             label, text = spool.read(i)

@@ -145,6 +145,17 @@ def test_pieces_have_the_tokens_of_the_whole(data, monkeypatch, name):
     assert (len(pieces) > 60) == (name == "tokenizers/gpt2"), "a begin mark cannot be cut"
 
 
+def test_parts_of_one_text_are_not_compared(tmp_path, monkeypatch):
+    verse = story(random.Random(0), 30)
+    monkeypatch.setattr(sources, "LONGEST", len(verse))
+    (tmp_path / "a.txt").write_text(verse * 9)
+    (tmp_path / "b.txt").write_text("other words " * 3)
+    (tmp_path / "c.txt").write_text(verse)
+    prepare([tmp_path], tmp_path / "o", "byte", selection=Selection(validation=0))
+    assert documents(tmp_path / "o", "train")[0].startswith(verse * 8)
+    assert len(documents(tmp_path / "o", "train")) == 2
+
+
 def test_special_tokens_in_a_text_stay_letters(tmp_path):
     (tmp_path / "a.txt").write_text("one<|endoftext|>two")
     (tmp_path / "b.txt").write_text("three")
