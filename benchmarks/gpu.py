@@ -24,12 +24,12 @@ import torch
 
 from benchmarks import case as cases
 from benchmarks import driver, gpu_cases, machine, results_file
-from benchmarks.session import line
 from benchmarks.case import Case, Work
 from benchmarks.driver import Outcome
 from benchmarks.gpu_cases import GpuCase
 from benchmarks.gpu_timing import Clock, Variant, clock_of, interleave
 from benchmarks.machine import Limits
+from benchmarks.session import line
 from fastlm import ops
 
 LONGEST = 75  # seconds a case may take before it is given up
