@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fastlm.data.chat import Conversations, Example
 from fastlm.data.examples import PackedExamples
 from fastlm.data.rows import Row
@@ -166,19 +168,25 @@ def finetune(
     if result.stopped not in ("finished", "early stop"):
         say(f"stopped by {result.stopped} at step {result.steps}: go on with resume")
         return came
-    best = Checkpoints(out / "run").best()
-    if best is not None and result.best_step != result.steps:
-        say(f"taking the weights of step {result.best_step}, the best on validation")
-        load(decoder, best)
-    decoder = decoder.cpu()
-    if adapter is not None:
-        adapter.save(out / "adapter")
-        decoder = adapter.merge()
-    if adapter is None or settings.merge:
-        new = _ends(learnt, conversations) - set(decoder.config.eos_ids)
-        decoder.config.eos_ids = (*decoder.config.eos_ids, *new)
-        decoder.to(stored).save_pretrained(out)
-        _write_ends(out, decoder.config.eos_ids if new else ())
+    if torch.distributed.get_node_local_rank(0):
+        return came  # one process of a torchrun writes
+    run = Checkpoints(out / "run")
+    kept = run.best() or run.latest()
+    assert kept is not None  # a run that ends writes one
+    say(f"taking the weights of {kept.name}")
+    del decoder, adapter  # they may be sharded; the files are whole
+    if settings.lora is None:
+        tuned = Decoder.from_pretrained(kept)
+    else:
+        tuned = Decoder.from_pretrained(model).float()
+        lora = lora_.load(tuned, kept)
+        lora.save(out / "adapter")
+        tuned = lora.merge()
+    if settings.lora is None or settings.merge:
+        new = _ends(learnt, conversations) - set(tuned.config.eos_ids)
+        tuned.config.eos_ids = (*tuned.config.eos_ids, *new)
+        tuned.to(stored).save_pretrained(out)
+        _write_ends(out, tuned.config.eos_ids if new else ())
         if settings.template is not None and not conversations.plain:
             write_text(out / "chat_template.jinja", settings.template)
     write_record(
