@@ -78,6 +78,12 @@ class Engine:
                     fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
 
+    def settle(self, model: torch.nn.Module) -> None:
+        """After a forward pass without a backward one: shares again, no whole weights (fsdp)."""
+        for module in model.modules() if self.kind == "fsdp" else ():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
     def wrap(self, model: torch.nn.Module, compiled: bool) -> Any:
         """What is called in the model's place; the model itself keeps its parameters' names."""
         forward: Any = torch.compile(model) if compiled else model

@@ -284,6 +284,7 @@ class _Run:
             ):
                 total += float(self._loss(batch))
                 tokens += batch.counted
+        self.engine.settle(self.model)
         total, counted = self.engine.sum(total, tokens)
         p.validation, p.validated_step = total / counted, p.step
         before = p.step == 0  # no checkpoint belongs to it
