@@ -80,8 +80,12 @@ class Engine:
 
     def settle(self, model: torch.nn.Module) -> None:
         """After a forward pass without a backward one: shares again, no whole weights (fsdp)."""
-        for module in model.modules() if self.kind == "fsdp" else ():
-            if hasattr(module, "reshard"):
+        if self.kind != "fsdp":
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
                 module.reshard()
 
     def wrap(self, model: torch.nn.Module, compiled: bool) -> Any:
@@ -216,5 +220,5 @@ def _watched() -> Iterator[None]:
         words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "TCPStore")
         if isinstance(error, TrainingError) or not any(word in text for word in words):
             raise
-        first = text.strip().splitlines()[0]
+        first = text.strip().splitlines()[0].partition(". This is")[0]
         raise WorkerLost(f"another process of the run has died ({first})") from error

@@ -452,7 +452,9 @@ class _Run:
             for parameter in self.parameters:
                 parameter.grad = None
             self._save(alone=True)
-        return TrainingError(f"after step {self.progress.step}: {error}; {self._hint()}")
+        text = f"after step {self.progress.step}: {error}; {self._hint()}"
+        self.log.say(text)  # at once: torchrun may end this process before it can raise
+        return TrainingError(text)
 
     def _hint(self) -> str:
         if self.last is None:

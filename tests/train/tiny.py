@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -51,20 +53,37 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+class Deadly:
+    """A source whose batch `index` kills the second process."""
+
+    def __init__(self, whole, index):
+        self.whole, self.index = whole, index
+        self.describe = whole.describe
+
+    def __len__(self):
+        return len(self.whole)
+
+    def batch(self, index):
+        if index >= self.index and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.whole.batch(index)
+
+
 def main() -> None:
     """tiny.py OUT [key=value ...]: trains there, resuming."""
     out, *pairs = sys.argv[1:]
     options = dict(pair.split("=") for pair in pairs)
     changes = {k: int(v) if v.isdigit() else v for k, v in options.items()}
-    device = changes.pop("device", "cpu")
+    deadly = changes.pop("deadly", None)
     result = train(
         make(),
-        source(),
+        source() if deadly is None else Deadly(source(), deadly),
         config(**changes),
         validation=validation(),
         out=out,
         resume=True,
-        device=device,
+        device="cpu",
+        plot=False,
     )
     print(result.stopped, result.steps)
 
