@@ -51,11 +51,12 @@ class PromptLookup:
     """Guesses that what followed the last few tokens before will follow them again.
 
     Costs nothing where it finds nothing, and helps where text is repeated: summaries, edits,
-    questions about a text, code.
+    questions about a text, code. After a wrong guess it guesses fewer, after right ones more, since
+    every guess costs.
 
     Args:
         ngram: how many tokens must be the same, at most; shorter matches are tried down to 2.
-        count: how many tokens to guess.
+        count: how many tokens to guess, at most.
     """
 
     def __init__(self, ngram: int = 3, count: int = 5) -> None:
@@ -63,6 +64,8 @@ class PromptLookup:
             raise ValueError(f"PromptLookup: ngram must be 1 or more, got {ngram}")
         self.ngram, self.count = ngram, _checked("PromptLookup", count)
         self.offered = self.accepted = 0
+        self._now = min(2, count)  # how many to guess next
+        self._guessed: tuple[int, list[int]] = 0, []  # the last guesses and where they begin
         self._tokens: list[int] = []
         # (n tokens) -> where what last followed them begins
         self._after: dict[tuple[int, ...], int] = {}
@@ -72,6 +75,7 @@ class PromptLookup:
         known = len(self._tokens)
         if [*tokens[:known]] != self._tokens:  # another text
             self._tokens, self._after, known = [], {}, 0
+        self._learn(tokens)
         sizes = range(min(2, self.ngram), self.ngram + 1)
         for end in range(known, len(tokens)):  # what precedes a token is filed when it is known
             for n in sizes:
@@ -81,8 +85,17 @@ class PromptLookup:
         for n in reversed(sizes):
             at = self._after.get(tuple(tokens[-n:])) if len(tokens) >= n else None
             if at is not None:
-                return [*tokens[at : at + min(most, self.count)]]
+                self._guessed = len(tokens), [*tokens[at : at + min(most, self._now)]]
+                return self._guessed[1]
         return []
+
+    def _learn(self, tokens: Sequence[int]) -> None:
+        """How many to guess, from what became of the last guesses."""
+        begin, guessed = self._guessed
+        self._guessed = 0, []
+        if guessed and len(tokens) > begin:
+            right = [*tokens[begin : begin + len(guessed)]] == guessed
+            self._now = min(self.count, 2 * self._now) if right else max(1, self._now // 2)
 
 
 class DraftModel:

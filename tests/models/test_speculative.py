@@ -201,8 +201,11 @@ def test_a_history_is_penalised_and_looked_up():
 
 def test_lookup_finds_what_followed_last():
     lookup = PromptLookup(3, 4)
-    assert lookup.propose([1, 2, 3, 4, 1, 2], 8) == [3, 4, 1, 2]
-    assert lookup.propose([1, 2, 3, 4, 1, 2, 9, 1, 2], 2) == [9, 1]
+    assert lookup.propose([1, 2, 3, 4, 1, 2], 8) == [3, 4]
+    assert lookup.propose([1, 2, 3, 4, 1, 2, 3, 4], 8) == [1, 2, 3, 4]  # right: twice as many
+    assert lookup.propose([1, 2, 3, 4, 1, 2, 3, 4, 9, 1, 2], 8) == [3, 4]  # wrong: half
+    assert lookup.propose([1, 2, 3, 4, 1, 2, 3, 4, 9, 1, 2], 1) == [3]
+    assert lookup.propose([1, 2, 3, 4, 1, 2, 9, 1, 2], 2) == [9, 1]  # another text
     assert lookup.propose([5, 6, 7], 4) == []
     assert lookup.propose([1], 4) == []
     assert lookup.propose([8, 8, 8], 4) == [8]
