@@ -16,8 +16,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def model_options(command: F) -> F:
-    """--dtype, --quantize and --device, as `open_model` takes them."""
+    """--dtype, --quantize, --device and --adapter, as `open_model` takes them."""
     for option in (
+        click.option("--adapter", type=click.Path(exists=True), help="A LoRA's directory."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
         click.option(
             "--quantize", type=click.Choice(["int8", "int4"]), help="Hold the weights in integers."
@@ -67,7 +68,11 @@ def drafter_options(command: F) -> F:
 
 
 def open_model(
-    path: str, dtype: str | None = None, quantize: str | None = None, device: str = "cpu"
+    path: str,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    device: str = "cpu",
+    adapter: str | None = None,
 ) -> tuple[Decoder, Text]:
     """The decoder and the tokenizer in PATH; ValueError where they do not fit each other."""
     import torch
@@ -86,6 +91,10 @@ def open_model(
     model = Decoder.from_pretrained(path, dtype).eval()
     text = tokenizer.load(model.source or path)
     text.check_fits(model.config.vocab)
+    if adapter is not None:
+        from fastlm.train import lora
+
+        lora.load(model, adapter).merge()
     if quantize is not None:
         model.quantize(int(quantize.removeprefix("int")))
     return model.to(place), text

@@ -38,7 +38,7 @@ Ctrl-C stops an answer. A message that begins with a slash is written with two."
 @click.command(epilog="In the conversation: /help, /reset, /system TEXT, /save FILE, /quit.")
 @click.argument("path", type=click.Path(exists=True))
 @click.option("--system", help="System message.")
-@click.option("--template", help="A file with a Jinja chat template, or plain for models without.")
+@click.option("--template", help="A file with a Jinja chat template; chatml; or plain.")
 @click.option("--max-new-tokens", "-n", default=256, show_default=True, help="Of one answer.")
 @click.option("--stop", multiple=True, help="End an answer before this text (repeatable).")
 @sampling_options
@@ -54,6 +54,7 @@ def command(
     dtype: str | None,
     quantize: str | None,
     device: str,
+    adapter: str | None,
     **options: Any,
 ) -> None:
     """Talk with the chat model in PATH, a Hugging Face directory or a .gguf file.
@@ -66,11 +67,14 @@ def command(
       fastlm chat ./smollm2 --system "Answer briefly." -t 0.7 --top-p 0.9
       printf 'Hello\\nWhat did I say?\\n' | fastlm chat ./smollm2
     """
+    from fastlm.data.template import CHATML
     from fastlm.models.chat import Chat
 
     try:
-        model, text = open_model(path, dtype, quantize, device)
-        if template not in (None, "plain"):
+        model, text = open_model(path, dtype, quantize, device, adapter)
+        if template == "chatml":
+            text = replace(text, template=CHATML)
+        elif template not in (None, "plain"):
             text = replace(text, template=read_text(template))
         elif template is None and text.template is None:
             raise ValueError(

@@ -64,6 +64,7 @@ def command(
     dtype: str | None,
     quantize: str | None,
     device: str,
+    adapter: str | None,
     stats: bool,
     **options: Any,
 ) -> None:
@@ -99,7 +100,7 @@ def command(
         rows = [({"prompt": prompt} if prompt else {}) | extra]
     where = [f"{file}, line {i}: " if file else "" for i in range(1, len(rows) + 1)]
     try:
-        model, text = open_model(path, dtype, quantize, device)
+        model, text = open_model(path, dtype, quantize, device, adapter)
         if task is not None:
             from fastlm import tasks
 

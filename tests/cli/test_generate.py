@@ -203,6 +203,24 @@ def test_a_task_fills_its_template(byte_model, stories, tmp_path):
     )
 
 
+def test_an_adapter_is_put_onto_the_model(byte_model, tmp_path):
+    from fastlm.train import lora
+
+    model = Decoder.from_pretrained(byte_model)
+    adapter = lora.apply(model, rank=2)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_()
+    adapter.save(tmp_path / "adapter")
+    adapter.merge().save_pretrained(tmp_path / "merged")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "merged" / file).write_bytes((byte_model / file).read_bytes())
+    args = ["-p", OPENING, "-n", "20"]
+    found = run(str(byte_model), *args, "--adapter", str(tmp_path / "adapter")).stdout
+    assert found == run(str(tmp_path / "merged"), *args).stdout
+    assert found != run(str(byte_model), *args).stdout
+
+
 def test_a_tasks_settings_are_defaults(stories):
     story = ["--task", "story", "-p", OPENING, "--stats"]
     drawn = run(str(stories), *story, "-n", "30").stdout
