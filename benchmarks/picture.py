@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from .page import COLORS, OTHER
+from .results_file import write_with
 
 
 def draw(content: dict, path: Path) -> None:
@@ -38,10 +38,6 @@ def draw(content: dict, path: Path) -> None:
         fontsize=9,
         loc="left",
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    try:
-        figure.savefig(temporary, dpi=130, bbox_inches="tight", facecolor="white")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(figure)
+    save = {"dpi": 130, "bbox_inches": "tight", "facecolor": "white", "format": "png"}
+    write_with(path, lambda temporary: figure.savefig(temporary, **save))
+    plt.close(figure)

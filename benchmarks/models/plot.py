@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
+
+from ..results_file import write_with
 
 COLORS = ("#9aa5b1", "#f2a33c", "#2f7ed8")
 GREY = "#5a6570"
@@ -33,13 +34,9 @@ def draw(content: dict, path: Path) -> None:
         figure.text(0.012, 1 - 0.18 * inch, content["model"], fontsize=16, weight="bold", va="top")
         figure.text(0.012, 1 - 0.55 * inch, subtitle(content), color=GREY, va="top")
         figure.tight_layout(rect=(0, 0, 1, 1 - 0.8 * inch), w_pad=2.0, h_pad=1.6)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-        try:
-            figure.savefig(temporary, dpi=144, facecolor="white")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-            plt.close(figure)
+        save = {"dpi": 144, "facecolor": "white", "format": "png"}
+        write_with(path, lambda temporary: figure.savefig(temporary, **save))
+        plt.close(figure)
 
 
 def subtitle(content: dict) -> str:

@@ -109,6 +109,29 @@ def test_a_change_counts_beyond_the_noise_only(published):
         changes.table({**published, "cases": []}, published)
 
 
+def test_a_curve_is_measured_and_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from benchmarks import scaling
+
+    curve = scaling.Curve("rms_norm", "2x{}", "width", (8, 16))
+    monkeypatch.setattr(scaling, "CURVES", (curve,))
+    monkeypatch.setattr(machine, "use_allocator", lambda keep: "malloc as it is")
+    out = tmp_path / "scaling.json"
+    assert scaling.main(["--seconds", "0.01", "--dtype", "fp32", "--out", str(out)]) == 0
+    wide, threads = results_file.read(out)["curves"]
+    assert wide["values"] == [8, 16] and all(wide["times_us"]["ours"])
+    assert threads["axis"] == "threads" and threads["values"][0] == 1
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert scaling.main(["--only", "nothing like it"]) == 2
+
+
+def test_every_curve_has_points():
+    from benchmarks import scaling
+
+    for curve in scaling.CURVES:
+        assert len(scaling.points(curve, "fp32")) == len(curve.values)
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
 def test_the_page_has_no_error_in_a_browser(published, tmp_path):
     page.write(published, tmp_path / "page.html")
