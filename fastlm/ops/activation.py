@@ -10,13 +10,17 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, direct, needs_grad
-from fastlm.ops._registry import Backend, choose, memory, native, register, remember
+from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._registry import Backend, choose, memory, native, register, remember, triton
 
 # in the order of csrc/ops/activation_kind.h
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
-register("activation", Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)))
+register(
+    "activation",
+    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)),
+    triton(native(torch.float32, torch.bfloat16, torch.float16)),
+)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -32,7 +36,6 @@ _gated = define(
     "gated_activation(Tensor gate, Tensor up, int kind) -> Tensor",
     lambda gate, up, kind: _like(gate),
 )
-_forward_direct, _gated_direct = direct(_forward), direct(_gated)
 _gated_backward = define(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, int kind) -> (Tensor, Tensor)",
     lambda grad, gate, up, kind: (_like(gate), _like(up)),
@@ -46,41 +49,49 @@ _packed_backward = define(
     lambda grad, x, kind: _like(x),
 )
 
+_FORWARD, _BACKWARD = by_backend("activation", _forward), by_backend("activation", _backward)
+_GATED = by_backend("activation", _gated)
+_GATED_BACKWARD = by_backend("activation", _gated_backward)
+_PACKED = by_backend("activation", _packed)
+_PACKED_BACKWARD = by_backend("activation", _packed_backward)
+_DIRECT = {name: direct(operator) for name, operator in _FORWARD.items()}
+_GATED_DIRECT = {name: direct(operator) for name, operator in _GATED.items()}
+
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: int, backend: str) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.kind = kind
-        return _forward(x, kind)
+        ctx.kind, ctx.backend = kind, backend
+        return _FORWARD[backend](x, kind)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _backward(grad, *ctx.saved_tensors, ctx.kind), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _BACKWARD[ctx.backend](grad, *ctx.saved_tensors, ctx.kind), None, None
 
 
 class _GatedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: int) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: int, backend: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.kind = kind
-        return _gated(gate, up, kind)
+        ctx.kind, ctx.backend = kind, backend
+        return _GATED[backend](gate, up, kind)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        return *_gated_backward(grad, *ctx.saved_tensors, ctx.kind), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *_GATED_BACKWARD[ctx.backend](grad, *ctx.saved_tensors, ctx.kind), None, None
 
 
 class _PackedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: int, backend: str) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.kind = kind
-        return _packed(x, kind)
+        ctx.kind, ctx.backend = kind, backend
+        return _PACKED[backend](x, kind)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _packed_backward(grad, *ctx.saved_tensors, ctx.kind), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _PACKED_BACKWARD[ctx.backend](grad, *ctx.saved_tensors, ctx.kind), None, None
 
 
 # Calls of a few microseconds: the kernel checks the shapes, and only a refusal is looked into.
@@ -113,10 +124,10 @@ def activation(x: Tensor, kind: str) -> Tensor:
     """
     try:
         backend = _chosen.get((x.is_cpu or x.device, x.dtype)) or _choose(x)
-        if backend == "cpu":
+        if backend != "reference":
             if is_grad_enabled() and x.requires_grad:
-                return _Activation.apply(x, _NUMBERS[kind])
-            return (_forward if is_dynamo_compiling() else _forward_direct)(x, _NUMBERS[kind])
+                return _Activation.apply(x, _NUMBERS[kind], backend)
+            return (_FORWARD if is_dynamo_compiling() else _DIRECT)[backend](x, _NUMBERS[kind])
     except (AttributeError, KeyError, TypeError):
         _check("activation", x, kind)  # names the argument at fault
         raise
@@ -146,12 +157,13 @@ def gated_activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     """
     try:
         backend = _chosen.get((gate.is_cpu or gate.device, gate.dtype)) or _choose(gate)
-        if backend == "cpu":
+        if backend != "reference":
             if up is None:
-                return _packed_halves(gate, kind)
+                return _packed_halves(gate, kind, backend)
             if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-                return _GatedActivation.apply(gate, up, _NUMBERS[kind])
-            return (_gated if is_dynamo_compiling() else _gated_direct)(gate, up, _NUMBERS[kind])
+                return _GatedActivation.apply(gate, up, _NUMBERS[kind], backend)
+            run = (_GATED if is_dynamo_compiling() else _GATED_DIRECT)[backend]
+            return run(gate, up, _NUMBERS[kind])
     except (AttributeError, KeyError, TypeError, RuntimeError):
         _check_gated(gate, up, kind)  # names the argument at fault
         raise
@@ -159,10 +171,14 @@ def gated_activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     return reference.gated_activation(gate, up, kind)
 
 
-def _packed_halves(x: Tensor, kind: str) -> Tensor:
+def _packed_halves(x: Tensor, kind: str, backend: str) -> Tensor:
     _check_gated(x, None, kind)
-    run = _PackedActivation.apply if needs_grad(x) else _packed
-    return run(x, _NUMBERS[kind]).reshape(*x.shape[:-1], x.shape[-1] // 2)
+    number = _NUMBERS[kind]
+    if needs_grad(x):
+        y = _PackedActivation.apply(x, number, backend)
+    else:
+        y = _PACKED[backend](x, number)
+    return y.reshape(*x.shape[:-1], x.shape[-1] // 2)
 
 
 def _check(op: str, x: Tensor, kind: str) -> None:

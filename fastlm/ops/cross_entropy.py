@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +13,19 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, direct, needs_grad
-from fastlm.ops._registry import Backend, choose, memory, native, register, remember
+from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._registry import Backend, choose, memory, native, register, remember, triton
 
 REDUCTIONS = ("none", "mean", "sum")
 NUMBER = {name: number for number, name in enumerate(REDUCTIONS)}
 NONE, MEAN, SUM = range(3)
 ONE = torch.ones((), device="cpu")
 
-register("cross_entropy", Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)))
+register(
+    "cross_entropy",
+    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)),
+    triton(native(torch.float32, torch.bfloat16, torch.float16)),
+)
 
 
 def _fake(
@@ -46,7 +51,8 @@ _cross_entropy = define(
     " -> (Tensor, Tensor)",
     _fake,
 )
-_direct = direct(_cross_entropy)
+_CROSS_ENTROPY = by_backend("cross_entropy", _cross_entropy)
+_DIRECT = {name: direct(operator) for name, operator in _CROSS_ENTROPY.items()}
 
 
 class _Reduced(torch.autograd.Function):
@@ -56,32 +62,34 @@ class _Reduced(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, args: tuple[Any, ...]) -> Tensor:
-        loss, gradient = _cross_entropy(logits, *args, True)
+    def forward(ctx: Any, logits: Tensor, backend: str, args: tuple[Any, ...]) -> Tensor:
+        loss, gradient = _CROSS_ENTROPY[backend](logits, *args, True)
         ctx.save_for_backward(gradient)
+        ctx.backend = backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *scaled(grad, *ctx.saved_tensors), None
+        return *scaled(grad, *ctx.saved_tensors, backend=ctx.backend), None, None
 
 
 class _PerToken(torch.autograd.Function):
     """The gradient needs the tokens' own, so the logits are kept and visited again."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, args: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, backend: str, args: tuple[Any, ...]) -> Tensor:
         target, weight, token_weight, *ctx.options, _ = args
         ctx.save_for_backward(logits, target, weight, token_weight)
-        return _cross_entropy(logits, *args, False)[0]
+        ctx.backend = backend
+        return _CROSS_ENTROPY[backend](logits, *args, False)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         logits, target, weight, token_weight = ctx.saved_tensors
         args = target, weight, per_token(grad, token_weight), *ctx.options, SUM, True
         with torch.no_grad():
-            gradient = _cross_entropy(logits, *args)[1]
-        return once(ONE, gradient)[0] if is_grad_enabled() else gradient, None
+            gradient = _CROSS_ENTROPY[ctx.backend](logits, *args)[1]
+        return once(ONE, gradient)[0] if is_grad_enabled() else gradient, None, None
 
 
 def per_token(grad: Tensor, token_weight: Tensor | None) -> Tensor:
@@ -89,17 +97,22 @@ def per_token(grad: Tensor, token_weight: Tensor | None) -> Tensor:
     return grad.contiguous() if token_weight is None else token_weight.reshape(-1) * grad
 
 
-def scaled(factor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+def scaled(factor: Tensor, *gradients: Tensor, backend: str = "cpu") -> tuple[Tensor, ...]:
     """Gradients made beforehand, times the gradient of the loss, inside a backward function.
 
     It is one as a rule, and a graph that is not kept lets go of what it saved: then the gradients
     are handed out as they are, or scaled where they lie.
     """
-    if is_dynamo_compiling() or not factor.is_cpu:
+    if is_dynamo_compiling():
         return tuple(g * factor for g in gradients)
     if is_grad_enabled():
         return once(factor, *gradients)
     if _keeps_graph():
+        return tuple(g * factor for g in gradients)
+    if backend == "triton":  # looks at the factor where it lies
+        scale_ = importlib.import_module("fastlm.triton.cross_entropy").scale_
+        return tuple(scale_(g, factor) for g in gradients)
+    if not factor.is_cpu:
         return tuple(g * factor for g in gradients)
     number = factor.item()
     return gradients if number == 1.0 else tuple(g.mul_(number) for g in gradients)
@@ -166,7 +179,8 @@ def cross_entropy(
     Raises:
         ValueError: an option out of range; a shape, dtype or device that does not fit the logits.
         TypeError: an argument of the wrong kind.
-        IndexError: a target outside [0, V) that is not ignore_index (on CPU).
+        IndexError: a target outside [0, V) that is not ignore_index (on CPU; on a GPU, where
+            looking at the targets would wait for them, the loss of such a token is NaN).
 
     Computed in fp32; a logit of -inf is a class masked out. Differentiable once in logits. Their
     gradient is rounded once to their dtype; where a reduced loss is not the end of the graph (its
@@ -177,10 +191,14 @@ def cross_entropy(
     try:
         key = (logits.is_cpu or logits.device, logits.dtype)
         backend = _chosen.get(key) or _choose(key, logits)
-        if backend == "cpu" and (weight is None is token_weight or _plain(weight, token_weight)):
-            # the binding checks shapes and targets, for calls of a few microseconds
+        if backend != "reference" and (
+            weight is None is token_weight or _plain(weight, token_weight)
+        ):
+            # the binding checks shapes and (on CPU) targets, for calls of a few microseconds
             if not 0.0 <= label_smoothing <= 1.0 or (softcap is not None and not softcap > 0.0):
                 raise ValueError
+            if backend == "triton":
+                check_targets("cross_entropy", target, logits.shape[-1], ignore_index)
             args = (
                 target,
                 weight,
@@ -193,17 +211,17 @@ def cross_entropy(
             )
             if reduction == "none":
                 if needs_grad(logits):
-                    return _PerToken.apply(logits, args).view(target.shape)
-                return _cross_entropy(logits, *args, False)[0].view(target.shape)
+                    return _PerToken.apply(logits, backend, args).view(target.shape)
+                return _CROSS_ENTROPY[backend](logits, *args, False)[0].view(target.shape)
             if logits.requires_grad and is_grad_enabled():
-                return _Reduced.apply(logits, args)
-            op = _cross_entropy if is_dynamo_compiling() else _direct
+                return _Reduced.apply(logits, backend, args)
+            op = (_CROSS_ENTROPY if is_dynamo_compiling() else _DIRECT)[backend]
             return op(logits, *args, False)[0]
     except Exception as error:
         _check(logits, target, weight, token_weight, label_smoothing, softcap, reduction)
         raise _target_error(error) from None
     _check(logits, target, weight, token_weight, label_smoothing, softcap, reduction)
-    if backend == "cpu":
+    if backend != "reference":
         weight = None if weight is None else weight.float().contiguous()
         token_weight = None if token_weight is None else token_weight.float().contiguous()
         return cross_entropy(

@@ -9,17 +9,16 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
-from fastlm.ops._library import define, direct, needs_grad
-from fastlm.ops._norm import check, empty_like, empty_vector, unsupported
-from fastlm.ops._registry import Backend, choose, memory, register, remember
+from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._norm import check, empty_like, empty_vector, triton_unsupported, unsupported
+from fastlm.ops._registry import Backend, choose, memory, register, remember, triton
 
-register("layer_norm", Backend("cpu", ("cpu",), unsupported))
+register("layer_norm", Backend("cpu", ("cpu",), unsupported), triton(triton_unsupported))
 
 _forward = define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     lambda x, weight, bias, eps: empty_like(x),
 )
-_forward_direct = direct(_forward)
 _add_forward = define(
     "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor, Tensor)",
@@ -35,21 +34,26 @@ _backward = define(
     ),
 )
 
+_FORWARD = by_backend("layer_norm", _forward)
+_DIRECT = {name: direct(operator) for name, operator in _FORWARD.items()}
+_ADD_FORWARD = by_backend("layer_norm", _add_forward)
+_BACKWARD = by_backend("layer_norm", _backward)
+
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps, ctx.bias = eps, bias is not None
-        return _forward(x, weight, bias, eps)
+        ctx.eps, ctx.bias, ctx.backend = eps, bias is not None, backend
+        return _FORWARD[backend](x, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        dx, dw, db = _backward(grad, None, x, weight, ctx.bias, ctx.eps)
-        return dx, None if weight is None else dw, db if ctx.bias else None, None
+        dx, dw, db = _BACKWARD[ctx.backend](grad, None, x, weight, ctx.bias, ctx.eps)
+        return dx, None if weight is None else dw, db if ctx.bias else None, None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -61,17 +65,18 @@ class _AddLayerNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        y, summed = _add_forward(x, residual, weight, bias, eps)
+        y, summed = _ADD_FORWARD[backend](x, residual, weight, bias, eps)
         ctx.save_for_backward(summed, weight)
-        ctx.eps, ctx.bias = eps, bias is not None
+        ctx.eps, ctx.bias, ctx.backend = eps, bias is not None, backend
         return y, summed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_summed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         summed, weight = ctx.saved_tensors
-        dx, dw, db = _backward(grad, grad_summed, summed, weight, ctx.bias, ctx.eps)
-        return dx, dx, None if weight is None else dw, db if ctx.bias else None, None
+        dx, dw, db = _BACKWARD[ctx.backend](grad, grad_summed, summed, weight, ctx.bias, ctx.eps)
+        return dx, dx, None if weight is None else dw, db if ctx.bias else None, None, None
 
 
 @overload
@@ -137,12 +142,12 @@ def layer_norm(
             return reference.layer_norm(x, weight, bias, eps, residual=residual)
         if residual is None:
             if is_grad_enabled() and needs_grad(x, weight, bias):
-                return _LayerNorm.apply(x, weight, bias, eps)
-            forward = _forward if is_dynamo_compiling() else _forward_direct
+                return _LayerNorm.apply(x, weight, bias, eps, backend)
+            forward = (_FORWARD if is_dynamo_compiling() else _DIRECT)[backend]
             return forward(x, weight, bias, eps)
         if is_grad_enabled() and needs_grad(x, weight, bias, residual):
-            return _AddLayerNorm.apply(x, residual, weight, bias, eps)
-        return _add_forward(x, residual, weight, bias, eps)
+            return _AddLayerNorm.apply(x, residual, weight, bias, eps, backend)
+        return _ADD_FORWARD[backend](x, residual, weight, bias, eps)
     except (AttributeError, RuntimeError):
         # the kernel refused: say which argument it was
         check("layer_norm", x, residual, weight=weight, bias=bias)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, needs_grad
-from fastlm.ops._registry import Backend, choose, native, register
+from fastlm.ops._library import by_backend, define, needs_grad
+from fastlm.ops._registry import Backend, choose, native, register, triton
 from fastlm.ops.cross_entropy import (
     NONE,
     NUMBER,
@@ -41,6 +41,7 @@ _CHUNK_ROWS = 512
 register(
     _OP,
     Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)),
+    triton(native(torch.float32, torch.bfloat16, torch.float16)),
     Backend("torch", (), lambda dtype, **facts: []),  # PyTorch's operators, chunk by chunk
 )
 
@@ -80,9 +81,11 @@ _forward = define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
+_FORWARD = by_backend(_OP, _forward)
 
 
 def _run(
+    backend: str,
     x: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -96,9 +99,13 @@ def _run(
     if target.dim() != 1:
         target = target.reshape(-1)
         token_weight = None if token_weight is None else token_weight.view(-1)
-    library = choose("linear", rows, rows=size_of(rows), transposed=False) != "cpu"
+    if backend == "triton":
+        cut = 0, True  # its table says how many
+    else:
+        library = choose("linear", rows, rows=size_of(rows), transposed=False) != "cpu"
+        cut = _CHUNK_ROWS, library
     tensors = rows, weight, target, bias, class_weight, token_weight
-    loss, dx, *others = _forward(*tensors, *options, _CHUNK_ROWS, library)
+    loss, dx, *others = _FORWARD[backend](*tensors, *options, *cut)
     return loss, dx if rows is x or not dx.numel() else dx.view_as(x), *others
 
 
@@ -107,20 +114,25 @@ class _Reduced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        backend: str,
+        args: tuple[Any, ...],
     ) -> Tensor:
         target, *others = args
         need = ctx.needs_input_grad[:3]
-        loss, *gradients = _run(x, weight, target, bias, *others, *need)
+        loss, *gradients = _run(backend, x, weight, target, bias, *others, *need)
         ctx.save_for_backward(*(g for g, n in zip(gradients, need, strict=True) if n))
-        ctx.dtype = x.dtype
+        ctx.dtype, ctx.backend = x.dtype, backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradients = iter(scaled(grad, *ctx.saved_tensors))
+        gradients = iter(scaled(grad, *ctx.saved_tensors, backend=ctx.backend))
         need = ctx.needs_input_grad[:3]
-        return *(next(gradients).to(ctx.dtype) if n else None for n in need), None
+        return *(next(gradients).to(ctx.dtype) if n else None for n in need), None, None
 
 
 class _PerToken(torch.autograd.Function):
@@ -128,11 +140,17 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        backend: str,
+        args: tuple[Any, ...],
     ) -> Tensor:
         target, class_weight, token_weight, *ctx.options, _ = args
         ctx.save_for_backward(x, weight, bias, target, class_weight, token_weight)
-        return _run(x, weight, target, bias, *args[1:], False, False, False)[0]
+        ctx.backend = backend
+        return _run(backend, x, weight, target, bias, *args[1:], False, False, False)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -140,10 +158,11 @@ class _PerToken(torch.autograd.Function):
         tokens, need = per_token(grad, token_weight), ctx.needs_input_grad[:3]
         args = target, bias, class_weight, tokens, *ctx.options, SUM, *need
         with torch.no_grad():
-            made: tuple[Tensor, ...] = _run(x, weight, *args)[1:]
+            made: tuple[Tensor, ...] = _run(ctx.backend, x, weight, *args)[1:]
         if torch.is_grad_enabled():
             made = once(ONE, *made)
-        return *(g.to(x.dtype) if n else None for g, n in zip(made, need, strict=True)), None
+        grads = (g.to(x.dtype) if n else None for g, n in zip(made, need, strict=True))
+        return *grads, None, None
 
 
 def linear_cross_entropy(
@@ -182,9 +201,10 @@ def linear_cross_entropy(
     so that masked fine-tuning costs only its answers. Logits are rounded to x's dtype, as a linear
     layer's are; gradients are summed in fp32 over all chunks and rounded once. With reduction
     "none" a token's gradient is known only in the backward pass, which makes the logits again:
-    exact, at 8/6 of the arithmetic. Elsewhere the chunks are PyTorch's operators, their logits made
-    again in the backward pass. Differentiable once in x, weight and bias on the CPU. Under autocast
-    x, weight and bias are cast to its dtype.
+    exact, at 8/6 of the arithmetic. On a GPU with Triton the chunks have some 4096 rows, those with
+    ignore_index among them, for finding them would wait for the device. Elsewhere the chunks are
+    PyTorch's operators, their logits made again in the backward pass. Differentiable once in x,
+    weight and bias with the first two. Under autocast x, weight and bias are cast to its dtype.
     """
     try:
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
@@ -199,7 +219,7 @@ def linear_cross_entropy(
     if token_weight is not None:
         check_token_weight(_OP, token_weight, target)
     backend = choose(_OP, x)
-    if backend != "cpu":
+    if backend in ("torch", "reference"):
         check_targets(_OP, target, weight.shape[0], ignore_index)
         chunked = backend == "torch"
         plain = (
@@ -218,6 +238,8 @@ def linear_cross_entropy(
             token_weight=token_weight,
             reduction=reduction,
         )
+    if backend == "triton":
+        check_targets(_OP, target, weight.shape[0], ignore_index)
     args = (
         target,
         None if class_weight is None else class_weight.float().contiguous(),
@@ -231,9 +253,9 @@ def linear_cross_entropy(
     try:
         if needs_grad(x, weight, bias):
             apply = _PerToken.apply if reduction == "none" else _Reduced.apply
-            loss = apply(x, weight, bias, args)
+            loss = apply(x, weight, bias, backend, args)
         else:
-            loss = _run(x, weight, target, bias, *args[1:], False, False, False)[0]
+            loss = _run(backend, x, weight, target, bias, *args[1:], False, False, False)[0]
     except RuntimeError:
         check_targets(_OP, target, weight.shape[0], ignore_index)  # the kernel refused one
         raise

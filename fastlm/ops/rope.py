@@ -9,17 +9,23 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, needs_grad
-from fastlm.ops._registry import Backend, choose, native, register
+from fastlm.ops._library import by_backend, define, needs_grad
+from fastlm.ops._registry import Backend, Unsupported, choose, native, register, triton
 
 _NATIVE = native(torch.float32, torch.bfloat16)
+_TRITON = native(torch.float32, torch.bfloat16, torch.float16)
 _MAX_ROTARY = 8192
 
 
-def _cpu_unsupported(
-    dtype: torch.dtype, *, tables: torch.dtype, rotary: int, table_grad: bool
+def _unsupported(
+    dtype: torch.dtype,
+    *,
+    tables: torch.dtype,
+    rotary: int,
+    table_grad: bool,
+    types: Unsupported = _NATIVE,
 ) -> list[str]:
-    reasons = _NATIVE(dtype)
+    reasons = types(dtype)
     if rotary > _MAX_ROTARY:
         reasons.append(f"rotates at most {_MAX_ROTARY} elements, not {rotary}")
     if table_grad:
@@ -27,7 +33,11 @@ def _cpu_unsupported(
     return reasons
 
 
-register("rope", Backend("cpu", ("cpu",), _cpu_unsupported))
+register(
+    "rope",
+    Backend("cpu", ("cpu",), _unsupported),
+    triton(lambda dtype, **facts: _unsupported(dtype, **facts, types=_TRITON)),
+)
 
 
 def _empty_in_order(x: Tensor) -> Tensor:
@@ -69,36 +79,52 @@ _rope_single = define(
     _rope_single_fake,
 )
 
+_ROPE = by_backend("rope", _rope)
+_ROPE_SINGLE = by_backend("rope", _rope_single)
+
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        rotary: int,
+        interleaved: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.form = rotary, interleaved
-        return _rope(q, k, cos, sin, rotary, interleaved, False)
+        ctx.form, ctx.backend = (rotary, interleaved), backend
+        return _ROPE[backend](q, k, cos, sin, rotary, interleaved, False)
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # the gradient of a linear map is its transpose
-        dq, dk = _rope(grad_q, grad_k, *ctx.saved_tensors, *ctx.form, True)
-        return dq, dk, None, None, None, None
+        dq, dk = _ROPE[ctx.backend](grad_q, grad_k, *ctx.saved_tensors, *ctx.form, True)
+        return dq, dk, None, None, None, None, None
 
 
 class _RopeSingle(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        rotary: int,
+        interleaved: bool,
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.form = rotary, interleaved
-        return _rope_single(x, cos, sin, rotary, interleaved, False)
+        ctx.form, ctx.backend = (rotary, interleaved), backend
+        return _ROPE_SINGLE[backend](x, cos, sin, rotary, interleaved, False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dx = _rope_single(grad, *ctx.saved_tensors, *ctx.form, True)
-        return dx, None, None, None, None
+        dx = _ROPE_SINGLE[ctx.backend](grad, *ctx.saved_tensors, *ctx.form, True)
+        return dx, None, None, None, None, None
 
 
 def rope(
@@ -144,14 +170,16 @@ def rope(
         grad = needs_grad(q, k, cos, sin)
         table_grad = grad and (cos.requires_grad or sin.requires_grad)
         backend = choose("rope", q, tables=cos.dtype, rotary=rotary, table_grad=table_grad)
-        if backend == "cpu":  # the binding checks the arguments, for calls of a few microseconds
+        if (
+            backend != "reference"
+        ):  # the binding checks the arguments, for calls of a few microseconds
             if k is None:
                 if grad:
-                    return _RopeSingle.apply(q, cos, sin, rotary, interleaved), None
-                return _rope_single(q, cos, sin, rotary, interleaved, False), None
+                    return _RopeSingle.apply(q, cos, sin, rotary, interleaved, backend), None
+                return _ROPE_SINGLE[backend](q, cos, sin, rotary, interleaved, False), None
             if grad:
-                return _Rope.apply(q, k, cos, sin, rotary, interleaved)
-            return _rope(q, k, cos, sin, rotary, interleaved, False)
+                return _Rope.apply(q, k, cos, sin, rotary, interleaved, backend)
+            return _ROPE[backend](q, k, cos, sin, rotary, interleaved, False)
     except Exception:
         _check(q, k, cos, sin, rotary_dim)  # names the argument at fault
         raise

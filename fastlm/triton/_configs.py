@@ -55,11 +55,30 @@ _NORM_BACKWARD: Rows = [
 
 # Rows and columns of a tile; partial sums are added up in it too
 _NORM_WEIGHT_GRADIENT: Rows = [(ANY, Config((16, 128), 4))]
+# Elements of a tile
+_ACTIVATION: Rows = [(ANY, Config((1024,), 4))]
+# Pairs of a tile
+_ROPE: Rows = [(ANY, Config((2048,), 4))]
+# Elements of a tile. Rows above the last bound go through registers tile by tile, and a second time
+# for the gradient: 132 programs of 256 KB each stay in the 50 MB of L2.
+_CROSS_ENTROPY: Rows = [
+    (2048, Config((2048,), 4)),
+    (8192, Config((8192,), 8)),
+    (32768, Config((32768,), 32)),
+    (ANY, Config((8192,), 16)),
+]
+# Rows of a chunk: 1.05 GB of bf16 logits at 128256 classes
+_LINEAR_CROSS_ENTROPY: Rows = [(ANY, Config((4096,)))]
 
 TABLE: dict[str, dict[str, Rows]] = {
     "norm": {"": _NORM},
     "norm_backward": {"": _NORM_BACKWARD},
     "norm_weight_gradient": {"": _NORM_WEIGHT_GRADIENT},
+    "activation": {"": _ACTIVATION},
+    "rope": {"": _ROPE},
+    "cross_entropy": {"": _CROSS_ENTROPY},
+    "cross_entropy_sums": {"": [(ANY, Config((4096,), 8))]},
+    "linear_cross_entropy": {"": _LINEAR_CROSS_ENTROPY},
 }
 
 _assumed: str | None = None

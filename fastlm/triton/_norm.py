@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastlm.triton._configs import multiprocessors, select
 from fastlm.triton._launch import kernel
-from fastlm.triton._primitives import as_rows, ceil_div, dense, new_like, power_of_two
+from fastlm.triton._primitives import as_rows, ceil_div, dense, fit, new_like, power_of_two
 
 
 @triton.jit
@@ -301,6 +301,14 @@ def _add_up(
         tl.store(bias_out + col, total, mask=col < cols)
 
 
+def _check(x: Tensor, other: Tensor | None, *vectors: Tensor | None) -> None:
+    """What keeps a kernel from reading the wrong memory; the facade words it better."""
+    fit("norm", x, other)
+    for v in vectors:
+        if v is not None and (v.shape != x.shape[-1:] or v.device != x.device):
+            raise RuntimeError("norm: the arguments do not fit each other")
+
+
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -311,6 +319,7 @@ def forward(
     centered: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y, and s where there is a residual."""
+    _check(x, residual, weight, bias)
     y, summed = new_like(x), None if residual is None else new_like(x)
     if x.numel() == 0:
         return y, summed
@@ -345,6 +354,7 @@ def backward(
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias; without weight the latter two are [0, cols]."""
+    _check(x, grad_summed, weight, None)
     dx, cols = new_like(x), x.shape[-1]
     bias = bias and weight is not None
     weight = dense(weight)

@@ -45,10 +45,25 @@ def dense(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.is_contiguous() else x.contiguous()
 
 
+def fit(op: str, x: Tensor, *others: Tensor | None) -> None:
+    """Refuses tensors of another shape, type or device: a kernel would read the wrong memory."""
+    for t in others:
+        if t is not None and (t.shape != x.shape or t.dtype != x.dtype or t.device != x.device):
+            raise RuntimeError(f"{op}: the arguments do not fit each other")
+
+
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e^-x)."""
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def sigmoid_slope(x):
+    """The sigmoid and its derivative s (1 - s), without the cancellation in 1 - s."""
+    e = tl.exp(-tl.abs(x))
+    s = 1.0 / (1.0 + e)
+    return tl.where(x < 0.0, e * s, s), e * s * s
 
 
 @triton.jit
@@ -87,17 +102,17 @@ def activate(x, KIND: tl.constexpr):
 def activate_slope(x, KIND: tl.constexpr):
     """act(x) and its derivative."""
     if KIND == 0:
-        s = sigmoid(x)
+        s, ds = sigmoid_slope(x)
         y = x * s
-        slope = s * (1.0 + x * (1.0 - s))
+        slope = s + x * ds
     elif KIND == 1:
         half = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         y = x * half
         slope = half + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif KIND == 2:
-        s = sigmoid(x * (1.5957691216057308 + 0.07135481282805219 * x * x))
+        s, ds = sigmoid_slope(x * (1.5957691216057308 + 0.07135481282805219 * x * x))
         y = x * s
-        slope = s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406443848415657 * x * x)
+        slope = s + x * ds * (1.5957691216057308 + 0.21406443848415657 * x * x)
     elif KIND == 3:
         y = tl.where(x < 0.0, 0.0, x)
         slope = tl.where(x > 0.0, 1.0, 0.0)
@@ -110,6 +125,18 @@ def activate_slope(x, KIND: tl.constexpr):
 
 @triton.jit
 def cap(x, bound):
-    """Soft cap: bound * tanh(x / bound); its slope is 1 - (cap / bound)^2. Infinities stay."""
-    capped = bound * tanh(x / bound)
-    return tl.where(tl.abs(x) == float("inf"), x, capped)
+    """Soft cap: bound * tanh(x / bound); its slope is 1 - (cap / bound)^2."""
+    return bound * tanh(x / bound)
+
+
+@triton.jit
+def place(rows, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows, columns and mask of this program's tile, of as many tiles as cover [rows, cols].
+
+    All are counted by the first program number, which alone may go beyond 65535.
+    """
+    across = tl.cdiv(cols, BLOCK)
+    program = tl.program_id(0)
+    row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = (program % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return row, col, (row < rows) & (col < cols)

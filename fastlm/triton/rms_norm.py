@@ -35,7 +35,7 @@ def rms_norm_backward(
 
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls whose kernels are compiled ahead of time."""
-    for cols in (128, 4096, 8192, 32768):
+    for cols in (128, 2048, 4096, 4099, 8192, 16384, 32768):
         x = torch.empty(8192, cols, dtype=torch.bfloat16, device="meta")
         w = x[0]
         yield f"rms_norm {cols}", partial(add_rms_norm, x, x, w, 1e-6, 0.0)

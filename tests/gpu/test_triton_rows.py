@@ -1,0 +1,236 @@
+"""The rows that have Triton kernels, on a GPU: every implementation, races, big tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastlm import ops, reference
+from fastlm.testing import check
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICE = "cuda"
+DTYPES = [torch.float32, torch.bfloat16]
+ROWS = ("rms_norm", "layer_norm", "rope", "activation", "cross_entropy", "linear_cross_entropy")
+CASES = [(stem, backend) for stem in ROWS for backend in ops.implementations(stem, "cuda")]
+SHAPES = [(5, 8), (3, 63), (64, 768), (9, 2, 4099), (33, 8192), (4, 16384), (3, 40000)]
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def targets(*shape, classes):
+    t = torch.randint(0, classes, shape, device=DEVICE)
+    t.view(-1)[0] = -100
+    return t
+
+
+def norm_theirs(norm):
+    def theirs(x, weight, bias, residual):
+        summed = x + residual
+        if norm == "rms_norm":
+            return F.rms_norm(summed, x.shape[-1:], weight, 1e-6), summed
+        return F.layer_norm(summed, x.shape[-1:], weight, bias), summed
+
+    return theirs
+
+
+def norm_by(where, norm):
+    def run(x, weight, bias, residual):
+        if norm == "rms_norm":
+            return where.rms_norm(x, weight, residual=residual)
+        return where.layer_norm(x, weight, bias, residual=residual)
+
+    return run
+
+
+@pytest.mark.parametrize("stem, backend", [c for c in CASES if c[0].endswith("norm")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norms_match_float64(stem, backend, dtype, shape):
+    x, residual = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
+    weight, bias = randn(shape[-1], dtype=dtype), randn(shape[-1], dtype=dtype)
+    inputs = [x, weight, bias if stem == "layer_norm" else None, residual]
+    with ops.use_backend(backend):
+        check(norm_by(ops, stem), norm_theirs(stem), norm_by(reference, stem), inputs)
+
+
+@pytest.mark.parametrize("backend", ops.implementations("rope", "cuda"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("head, width", [(128, 128), (128, 64), (80, 32), (10, 5)])
+def test_rope_matches_float64(backend, dtype, interleaved, head, width):
+    q = randn(2, 70, 9, head, dtype=dtype).transpose(1, 2)
+    k = randn(2, 3, 70, head, dtype=dtype)
+    angle = randn(2, 70, width) * 3
+    cos, sin = angle.cos(), angle.sin()
+
+    def by(where, *tables):
+        return lambda q, k: where.rope(q, k, *tables, interleaved=interleaved)
+
+    with ops.use_backend(backend):
+        wide = cos.double(), sin.double()
+        check(by(ops, cos, sin), by(reference, cos, sin), by(reference, *wide), [q, k])
+
+
+@pytest.mark.parametrize("backend", ops.implementations("activation", "cuda"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+def test_activations_match_float64(backend, dtype, kind):
+    x, up = (randn(65, 2100, dtype=dtype) * 3 for _ in range(2))
+
+    def by(where):
+        return lambda x, up: (
+            where.activation(x, kind),
+            where.gated_activation(x, up, kind),
+            where.gated_activation(x, None, kind),
+            where.gated_activation(*x.chunk(2, -1), kind),
+        )
+
+    with ops.use_backend(backend):
+        check(by(ops), by(reference), by(reference), [x, up])
+
+
+OPTIONS = [
+    {},
+    {"reduction": "none"},
+    {"label_smoothing": 0.1, "z_loss": 1e-3},
+    {"softcap": 20.0, "reduction": "sum"},
+]
+
+
+@pytest.mark.parametrize("backend", ops.implementations("cross_entropy", "cuda"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [7, 1000, 32000, 128256])
+@pytest.mark.parametrize("kw", OPTIONS, ids=str)
+def test_cross_entropy_matches_float64(backend, dtype, classes, kw):
+    x, target = randn(13, classes, dtype=dtype) * 3, targets(13, classes=classes)
+
+    def theirs(x):
+        if set(kw) <= {"reduction"}:
+            return F.cross_entropy(x, target, **kw)
+        return reference.cross_entropy(x, target, **kw)
+
+    with ops.use_backend(backend):
+        check(
+            lambda x: ops.cross_entropy(x, target, **kw),
+            theirs,
+            lambda x: reference.cross_entropy(x, target, **kw),
+            [x],
+        )
+
+
+@pytest.mark.parametrize("backend", ops.implementations("linear_cross_entropy", "cuda"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [33, 9000])
+@pytest.mark.parametrize("kw", OPTIONS, ids=str)
+def test_linear_cross_entropy_matches_float64(backend, dtype, rows, kw):
+    x, weight = randn(rows, 64, dtype=dtype), randn(1003, 64, dtype=dtype)
+    target = targets(rows, classes=1003)
+    bias = randn(1003, dtype=dtype)
+    with ops.use_backend(backend):
+        check(
+            lambda x, w, b: ops.linear_cross_entropy(x, w, target, bias=b, **kw),
+            lambda x, w, b: reference.cross_entropy(F.linear(x, w, b), target, **kw),
+            lambda x, w, b: reference.linear_cross_entropy(x, w, target, bias=b, **kw),
+            [x, weight, bias],
+        )
+
+
+def everything(stem, big=False):
+    """One call of a row, forward and backward: outputs and gradients."""
+    rows = 2**20 + 16 if big else 3000
+    cols = 2304 if big else 1024
+    x = randn(rows, cols, dtype=torch.bfloat16).requires_grad_()
+    w = randn(cols, dtype=torch.bfloat16).requires_grad_()
+    t = torch.arange(rows, device=DEVICE) % cols
+    heads = x.view(1, rows, cols // 128, 128).transpose(1, 2)
+    angle = torch.linspace(0, 9, rows, device=DEVICE)[:, None].expand(rows, 64)
+    calls = {
+        "rms_norm": lambda: (ops.rms_norm(x, w), (x, w)),
+        "layer_norm": lambda: (ops.layer_norm(x, w, w), (x, w)),
+        "activation": lambda: (ops.gated_activation(x, None, "silu"), (x,)),
+        "rope": lambda: (ops.rope(heads, None, angle.cos(), angle.sin())[0], (x,)),
+        "cross_entropy": lambda: (ops.cross_entropy(x, t), (x,)),
+        "linear_cross_entropy": lambda: (ops.linear_cross_entropy(x, x[:512], t % 512), (x,)),
+    }
+    y, inputs = calls[stem]()
+    cotangent = torch.ones_like(y) if y.dim() == 0 else x.detach().reshape(-1)[: y.numel()]
+    return y.detach(), *torch.autograd.grad(y, inputs, cotangent.reshape(y.shape)), x
+
+
+@pytest.mark.parametrize("stem, backend", [c for c in CASES if c[1] in ("triton", "cuda")])
+def test_same_bits_every_time(stem, backend):
+    with ops.use_backend(backend):
+        runs = []
+        for _ in range(5):
+            torch.manual_seed(1)
+            runs.append(everything(stem)[:-1])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("stem", [s for s in ROWS if s != "linear_cross_entropy"])
+def test_more_than_2_to_the_31_elements(stem):
+    """The last rows of a tensor of 2.4e9 elements, computed among the others and alone."""
+    if "triton" not in ops.implementations(stem, "cuda"):
+        pytest.skip("no Triton")
+    if torch.cuda.mem_get_info()[0] < 48 << 30:
+        pytest.skip("needs 48 GiB")
+    with ops.use_backend("triton"):
+        y, dx, *_, x = everything(stem, big=True)
+        tail = x.detach()[-64:].clone()
+        if stem == "rms_norm":
+            assert torch.isfinite(y[-64:]).all()
+        elif stem == "activation":
+            assert torch.equal(y[-64:], ops.gated_activation(tail, None, "silu"))
+        assert torch.isfinite(dx[-64:]).all()
+        assert dx[-64:].abs().amax() > 0
+
+
+@pytest.mark.parametrize("stem, backend", [c for c in CASES if c[1] == "triton"])
+def test_graph_capture(stem, backend):
+    x, w = randn(64, 1024, dtype=torch.bfloat16), randn(1024, dtype=torch.bfloat16)
+    t = torch.arange(64, device=DEVICE)
+    heads, angle = x.view(1, 64, 8, 128).transpose(1, 2), randn(64, 64)
+    calls = {
+        "rms_norm": lambda: ops.rms_norm(x, w),
+        "layer_norm": lambda: ops.layer_norm(x, w, w),
+        "activation": lambda: ops.activation(x, "silu"),
+        "rope": lambda: ops.rope(heads, None, angle, angle)[0],
+        "cross_entropy": lambda: ops.cross_entropy(x, t),
+        "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, x, t),
+    }
+    with ops.use_backend(backend):
+        calls[stem]()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = calls[stem]()
+        x.copy_(randn(64, 1024, dtype=torch.bfloat16))
+        graph.replay()
+        assert torch.equal(y, calls[stem]())
+
+
+def test_runs_on_the_current_stream():
+    x = randn(4096, 4096)
+    with ops.use_backend("triton"):
+        expected = ops.rms_norm(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            late = torch.zeros_like(x)
+            torch.cuda._sleep(50_000_000)
+            late += x  # a kernel on another stream would read the zeros
+            y = ops.rms_norm(late)
+        stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_device_of_the_tensors():
+    x = torch.randn(8, 64, device="cuda:1")
+    with ops.use_backend("triton"):
+        assert torch.equal(ops.rms_norm(x).cpu(), ops.rms_norm(x.to("cuda:0")).cpu())

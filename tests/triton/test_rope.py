@@ -1,0 +1,93 @@
+"""rope's Triton kernels against float64, forward and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastlm import ops, reference
+from fastlm.testing import check
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# head size, width of the tables, rotary_dim
+WIDTHS = [(16, 16, None), (16, 8, None), (20, 8, None), (20, 4, 8), (10, 5, None), (6, 6, 6)]
+
+
+def baseline(q, k, cos, sin, interleaved=False, rotary_dim=None):
+    """The formula of Hugging Face transformers, in the dtype of the arguments."""
+    rotary = reference.rotated_width(q.shape[-1], cos.shape[-1], rotary_dim)
+    if cos.shape[-1] != rotary:
+        cos, sin = (
+            t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin)
+        )
+    cos, sin = (t.unsqueeze(-3).to(q.dtype) for t in (cos, sin))
+
+    def rotate(x):
+        turned, rest = x[..., :rotary], x[..., rotary:]
+        if interleaved:
+            partner = torch.stack((-turned[..., 1::2], turned[..., 0::2]), -1).flatten(-2)
+        else:
+            first, second = turned.chunk(2, -1)
+            partner = torch.cat((-second, first), -1)
+        return torch.cat((turned * cos + partner * sin, rest), -1)
+
+    return rotate(q), rotate(k)
+
+
+def tables(*shape, dtype=torch.float32):
+    angle = torch.randn(shape) * 3
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+@pytest.mark.parametrize("width", WIDTHS, ids=str)
+@pytest.mark.parametrize("form", ["per_token", "shared", "per_sequence", "fp32_tables"])
+def test_matches_float64(interleaved, width, form):
+    head, w, rotary_dim = width
+    # every dtype with the first form, one dtype with the others
+    for dtype in DTYPES if form == "per_token" else DTYPES[1:2]:
+        q = torch.randn(2, 3, 3, head, dtype=dtype).transpose(1, 2)  # as a projection leaves it
+        k = torch.randn(2, 2, 3, head, dtype=dtype)
+        rows = {"shared": (1, 3), "per_sequence": (2, 3)}.get(form, (3,))
+        cos, sin = tables(*rows, w, dtype=torch.float32 if form == "fp32_tables" else dtype)
+        options = {"interleaved": interleaved, "rotary_dim": rotary_dim}
+        wide = cos.double(), sin.double()
+        check(
+            lambda q, k: ops.rope(q, k, cos, sin, **options),  # noqa: B023
+            lambda q, k: baseline(q, k, cos, sin, **options),  # noqa: B023
+            lambda q, k: reference.rope(q, k, *wide, **options),  # noqa: B023
+            [q, k],
+            draws=2,
+        )
+
+
+def test_any_strides_and_the_order_of_memory_is_kept():
+    cos, sin = tables(2, 5, 16)
+    plain, k = torch.randn(2, 9, 5, 16), torch.randn(2, 2, 5, 16)
+    expected, _ = ops.rope(plain, k, cos, sin)
+    by_token = plain.transpose(1, 2).contiguous().transpose(1, 2)
+    packed = torch.randn(2, 5, 9, 48)[..., 16:32].transpose(1, 2).copy_(plain)
+    scattered = torch.randn(2, 9, 16, 5).transpose(2, 3).copy_(plain)
+    for q in (by_token, packed, scattered):
+        y, z = ops.rope(q, k, cos, sin)
+        assert torch.equal(y, expected)
+        assert torch.equal(ops.rope(q, None, cos, sin)[0], expected)
+        assert z.is_contiguous()
+    assert ops.rope(packed, None, cos, sin)[0].transpose(1, 2).is_contiguous()
+    wide = torch.stack((cos, sin), -1)
+    assert torch.equal(ops.rope(plain, None, wide[..., 0], wide[..., 1])[0], expected)
+
+
+def test_empty_and_bad_input():
+    cos, sin = tables(0, 8)
+    assert ops.rope(torch.empty(2, 3, 0, 8), torch.empty(2, 1, 0, 8), cos, sin)[0].numel() == 0
+    cos, sin = tables(4, 8)
+    q = torch.randn(1, 2, 4, 8)
+    for k, tables_, name in (
+        (q[:, :, :3], (cos, sin), "k"),
+        (q.half(), (cos, sin), "k"),
+        (q, (cos[:3], sin[:3]), "cos"),
+        (q, (cos, sin[:3]), "sin"),
+    ):
+        with pytest.raises(ValueError, match=f"rope: {name} must be"):
+            ops.rope(q, k, *tables_)
