@@ -81,7 +81,7 @@ class Encoder:
     def notes(self) -> list[str]:
         """What a reader of the manifest should know."""
         return [
-            f"{count} documents hold {name} as text; it was tokenised as letters "
+            f"documents in which {name} stands as text: {count}; it was tokenised as letters "
             "(--separator splits documents there)"
             for name, count in self._forged.items()
         ]

@@ -110,9 +110,10 @@ def prepare(
             text = tokenizers.open_tokenizer(tokenizer)
     else:
         text = tokenizer
-    if text is not None:
-        Encoder(text, eos, bos)  # refuses what it cannot do before anything is read
+    # refuses what it cannot do before anything is read
+    Encoder(tokenizers.char_level("a") if text is None else text, eos, bos)
     found = Sources(sources, reading)
+    _check_room(Path(out), found.size)
     hasher = None if selection.near is None else MinHash(selection.near, selection.near_words)
     try:
         with complete_folder(out, MANIFEST, overwrite) as folder:
@@ -156,6 +157,14 @@ def prepare(
                 f"{found.size * 2:,} bytes beside it. Nothing was left there"
             ) from error
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
+
+
+def _check_room(out: Path, size: int) -> None:
+    """Refuses what cannot fit, before hours go into it; the text alone is written once."""
+    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder)[2]
+    if free < size:
+        raise DataError(f"{out}: making it needs {size:,} bytes at least; {free:,} are free")
 
 
 class _Dropped:

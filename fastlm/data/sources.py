@@ -137,7 +137,7 @@ class Sources:
         """What a reader of the manifest should know."""
         if not self.ignored:
             return []
-        return [f"{self.ignored} files were passed over for their names (--include chooses)"]
+        return [f"files passed over for their names: {self.ignored} (--include chooses)"]
 
     def documents(self) -> Iterator[Document]:
         """All documents, in the order of the paths and of the names in them."""
@@ -337,7 +337,7 @@ def _raise(error: OSError) -> None:
 
 
 def _whole(path: Path) -> _File:
-    if not os.access(path, os.R_OK, effective_ids=True):
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
         raise DataError(f"{path}: no permission to read it")
     return _File(_shown(str(path)), path.stat().st_size, path)
 

@@ -80,8 +80,8 @@ def test_notes_go_to_standard_error(tmp_path):
     (tmp_path / "a.txt").write_text("one <|endoftext|> two")
     (tmp_path / "b.log").write_text("x")
     done = run(tmp_path, "-o", tmp_path / "o", "-t", "byte")
-    assert "note: 1 files were passed over for their names (--include chooses)" in done.stderr
-    assert "note: 1 documents hold <|endoftext|> as text" in done.stderr
+    assert "note: files passed over for their names: 1 (--include chooses)" in done.stderr
+    assert "note: documents in which <|endoftext|> stands as text: 1;" in done.stderr
 
 
 def test_errors_are_one_line(stories, tmp_path):

@@ -163,7 +163,7 @@ def test_special_tokens_in_a_text_stay_letters(tmp_path):
     manifest = prepare([tmp_path], tmp_path / "o", "byte", selection=no_split)
     tokens = TokenDataset(tmp_path / "o", "train").tokens
     assert (np.asarray(tokens) == 256).sum() == 2
-    assert "1 documents hold <|endoftext|> as text" in manifest["notes"][0]
+    assert "in which <|endoftext|> stands as text: 1;" in manifest["notes"][0]
 
 
 def test_begin_and_end_tokens(tmp_path, data):
@@ -279,7 +279,7 @@ start = time.monotonic()
 run()
 took = time.monotonic() - start
 rng, killed = random.Random(0), 0
-for _ in range(15):
+for _ in range(12):
     child = os.fork()
     if child == 0:
         run()
@@ -301,7 +301,7 @@ def test_killed_at_any_moment_the_folder_is_whole(tmp_path):
     (tmp_path / "stories.jsonl").rename(tmp_path / "a.jsonl")
     done = python(KILLED, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 5
+    assert int(done.stdout) >= 4
 
 
 FULL = """
@@ -326,6 +326,15 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path):
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
 
 
+def test_too_little_room_is_seen_first(tmp_path, monkeypatch):
+    file, _ = stories(tmp_path)
+    size = file.stat().st_size
+    monkeypatch.setattr("shutil.disk_usage", lambda path: (0, 0, size - 1))
+    with pytest.raises(DataError, match=f"needs {size:,} bytes at least; {size - 1:,} are free"):
+        prepare([file], tmp_path / "deep" / "out", "byte")
+    assert not (tmp_path / "deep").exists()
+
+
 def test_what_cannot_be_prepared(tmp_path):
     file, _ = stories(tmp_path, 3)
 
@@ -345,6 +354,7 @@ def test_what_cannot_be_prepared(tmp_path):
     refuse("a corpus of 1 characters has no end", tmp_path / "one.txt")
     refuse("no such file or folder", tokenizer=tmp_path / "no")
     refuse(r"it has no bos_token; leave out --bos", bos=True)
+    refuse(r"it has no bos_token", tokenizer="char", bos=True, cleaning=Cleaning(max_chars=5))
     gap = tokenizers.byte_level(special=())
     refuse(r"it has no eos_token; --no-eos leaves it out", tokenizer=gap)
     file.write_text(file.read_text().splitlines()[0] + "\n" + '{"text": 1}')

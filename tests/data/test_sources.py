@@ -76,7 +76,7 @@ def test_folders_and_archives_in_order(tmp_path):
     list(found.documents())
     assert found.ignored == 3
     assert found.read == found.size == sum(entry["bytes"] for entry in found.facts()["first"])
-    assert "3 files were passed over" in found.notes()[0]
+    assert "passed over for their names: 3 (" in found.notes()[0]
     assert texts(tmp_path / "in", include=["*.neg"]) == ["3", "n"]
     assert texts(tmp_path / "in" / "raw.neg") == ["n"]
     with pytest.raises(DataError, match=r"holds no file named \*\.csv; --include takes others"):
