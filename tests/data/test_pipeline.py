@@ -259,13 +259,13 @@ print(run("small", 300), run("large", 1800))
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Peak memory after 1.2 MB of text and after 7 MB: an eighth of the difference at most."""
+    """Peak memory after 1.2 MB of text and after 7 MB: a third of the difference at most."""
     done = python(MEASURED, tmp_path)
     assert done.returncode == 0, done.stderr
     small, large = (int(word) * 1024 for word in done.stdout.split())
     grown = (tmp_path / "large.jsonl").stat().st_size - (tmp_path / "small.jsonl").stat().st_size
     assert grown > 5.8e6
-    assert large - small < grown / 8
+    assert large - small < grown / 3
 
 
 KILLED = """
