@@ -73,7 +73,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "cohere": {},
     "cohere2": {},
     "ctrl": {},
-    "deepseek_v2": {},
+    "deepseek_v2": {"head_dim": 8},
     "deepseek_v3": {"head_dim": 8},
     "diffllama": {},
     "ernie4_5": {},
@@ -165,6 +165,8 @@ def small(name: str, larger: bool = False) -> nn.Module:
     given |= special
     torch.manual_seed(0)
     config = cls(**{n: v for n, v in given.items() if v is not None})
+    if not hasattr(config, "pad_token_id"):
+        config.pad_token_id = None  # some classes of transformers 5.0 forgot it
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -249,6 +251,7 @@ STEMS = (
     "linear",
     "activation",
     "cross_entropy",
+    "linear_cross_entropy",
 )
 
 

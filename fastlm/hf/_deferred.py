@@ -175,10 +175,14 @@ class _Lazy(OrderedDict[str, Any]):
     output go by (mixed precision, sharding), and they are not meant to compute anything.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # reads every field, some releases do by name
+        self.__dict__["_made"] = True
+
     @property
     def logits(self) -> Any:
         value = self.__dict__.get("logits")
-        return value.value() if isinstance(value, Deferred) else value
+        return value.value() if isinstance(value, Deferred) and "_made" in self.__dict__ else value
 
     @logits.setter
     def logits(self, value: Any) -> None:

@@ -2,7 +2,9 @@
 
 Models cast on purpose: norms and softmax to fp32, rotation tables to the hidden states' dtype. In a
 copy whose parameters are float64 those casts would throw the added digits away again, and the run
-would be no oracle. Inside `float64()` every floating-point dtype that is asked for is float64.
+would be no oracle. Inside `float64()` every floating-point dtype that is asked for is float64, and
+PyTorch's attention is the plain one: its flash kernel for the CPU is wrong, in float64 too, in the
+gradients of rows that a finite mask hides whole.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -38,7 +41,7 @@ def float64() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Mode():
+        with _Mode(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.set_default_dtype(before)

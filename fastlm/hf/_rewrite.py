@@ -141,6 +141,19 @@ class _Editor(ast.NodeTransformer):
         named = isinstance(node.value, ast.Name) and node.value.id == "ALL_ATTENTION_FUNCTIONS"
         return self._interface(node) if named and isinstance(node.ctx, ast.Load) else node
 
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        return self._eager(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        return self._eager(node)
+
+    def _eager(self, node: Any) -> ast.AST:
+        """`interface = eager_attention_forward`, which releases before 5.2 look up apart."""
+        self.generic_visit(node)
+        if isinstance(node.value, ast.Name) and node.value.id == "eager_attention_forward":
+            node.value = self._interface(node.value)
+        return node
+
     def _interface(self, node: ast.expr) -> ast.expr:
         self.attention += 1
         if self.edit.attention is None:
