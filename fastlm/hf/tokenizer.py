@@ -48,7 +48,10 @@ class Text:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of a text, with the special ones its tokenizer adds."""
-        return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+        try:
+            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+        except TypeError as error:  # bytes that were no UTF-8 leave lone surrogates behind
+            raise ValueError("tokenizer: the text must be Unicode, got something else") from error
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""

@@ -195,11 +195,18 @@ def _steps(run: Run) -> Iterator[Any]:
                     chosen = following.best(chosen, sampler.limit)
                 else:
                     chosen = sampler.choose(following(chosen))
+        if not run.batch:
+            token = int(chosen)
+            over = run.ended(0, token)
+            yield token
+            if over:
+                return
+            continue
         values = [
             None if over else value for value, over in zip(chosen.tolist(), ended, strict=True)
         ]
         ended = [value is None or run.ended(row, value) for row, value in enumerate(values)]
-        yield values if run.batch else values[0]
+        yield values
         if all(ended):
             return
 

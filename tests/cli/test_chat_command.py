@@ -15,6 +15,8 @@ from fastlm.hf import tokenizer
 from fastlm.models import Decoder
 from fastlm.models.chat import Chat
 
+pytest.importorskip("jinja2")  # of the chat template
+
 
 def run(*args: str, **options):
     return CliRunner().invoke(main, ["chat", *args], **options)

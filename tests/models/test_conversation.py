@@ -13,6 +13,8 @@ from fastlm.models.chat import Chat
 from fastlm.models.speculative import PromptLookup
 from fastlm.models.text import complete
 
+pytest.importorskip("jinja2")  # of the chat template
+
 LETTERS = {"vocab_limit": 90}  # printable characters: their tokens are read back as they were
 
 

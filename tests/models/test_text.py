@@ -139,6 +139,11 @@ def test_a_tokenizer_of_another_model_is_refused(opened):
         complete(model, text, [[1]], batch_size=0)
 
 
+def test_a_text_that_is_no_unicode_is_refused(opened):
+    with pytest.raises(ValueError, match="tokenizer: the text must be Unicode"):
+        opened[1].encode("a\udcff")
+
+
 def test_an_answer_says_why_it_ended(opened):
     _, text = opened
     answer = Answer(text, [], [257], ["END"])
