@@ -74,9 +74,8 @@ class MinHash:
             order = self._factor * short[start : start + 4096]
             order += self._shift
             np.minimum(least, order.min(1), out=least)
-        least = _mix(least.astype(np.uint64))
-        joined = (least.reshape(self.bands, self.rows) * self._join).sum(1, dtype=np.uint64)
-        return _mix(joined)
+        bands = least.astype(np.uint64).reshape(self.bands, self.rows)
+        return _mix((bands * self._join).sum(1, dtype=np.uint64))
 
 
 def run_hashes(text: str, words: int) -> np.ndarray:
