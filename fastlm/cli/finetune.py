@@ -78,11 +78,14 @@ def command(model: str, rows: str, out: str, **options: Any) -> None:
       fastlm finetune ./smollm2 reviews.zip --task sentiment --lora-rank 8 --out ./critic
       fastlm eval ./critic --task sentiment --data reviews.zip --split validation
     """
+    import torch
+
     from fastlm import tasks
     from fastlm.data import rows as data_rows
     from fastlm.train.checkpoint import TrainingError
     from fastlm.train.finetune import defaults, finetune
 
+    other = torch.distributed.get_node_local_rank(0)  # of several processes the first one speaks
     try:
         settings = _settings(options)
         config = defaults(options["lora_rank"] is not None, **{k: options[k] for k in _TRAINING})
@@ -98,10 +101,12 @@ def command(model: str, rows: str, out: str, **options: Any) -> None:
             validation=held,
             task=task,
             resume=options["resume"],
-            say=lambda text: click.echo(text, err=True),
+            say=lambda text: None if other else click.echo(text, err=True),
         )
     except (ValueError, ImportError, OSError, TrainingError) as error:
         raise click.ClickException(str(error)) from error
+    if other:
+        return
     for message in came.bad:
         click.echo(f"left out: {message}", err=True)
     result = came.result
