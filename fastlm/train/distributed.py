@@ -93,7 +93,10 @@ class Engine:
         forward: Any = torch.compile(model) if compiled else model
         if self.kind == "ddp":
             with _watched():
-                forward = torch.nn.parallel.DistributedDataParallel(forward)
+                # the only buffers are tables, alike everywhere
+                forward = torch.nn.parallel.DistributedDataParallel(
+                    forward, broadcast_buffers=False
+                )
         return forward
 
     @contextlib.contextmanager
