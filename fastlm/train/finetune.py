@@ -122,6 +122,8 @@ def finetune(
     model, out = resolve(model), Path(out)
     if out.resolve() == Path(model).resolve():
         raise ValueError(f"{out}: the result needs a directory of its own, not the model's")
+    if (out / "config.json").exists() and not resume:
+        raise ValueError(f"{out}: holds a model already; take another directory")
     decoder = Decoder.from_pretrained(model)
     stored = decoder.embed.weight.dtype
     decoder = decoder.float()

@@ -156,7 +156,7 @@ def test_errors_are_one_line(base, rows, tmp_path):
         done = run(*args, *(() if "--out" in args else ("--out", out)))
         assert done.exit_code != 0 and message in done.stderr, (args, done.stderr)
         assert "Traceback" not in done.stderr and not (out / "config.json").exists()
-    # a second run into the same folder would mix two
+    # a second run into the same folder would mix two, and another model is not overwritten
     assert run(base, rows, "-o", out, "--validation", 0, "--steps", 1).exit_code == 0
     again = run(base, rows, "-o", out, "--validation", 0, "--steps", 1)
-    assert again.exit_code != 0 and "holds a run already" in again.stderr
+    assert again.exit_code != 0 and f"{out}: holds a model already" in again.stderr

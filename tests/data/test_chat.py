@@ -17,6 +17,28 @@ MARKED = (
     "{% generation %}{{ m['content'] }}</s>{% endgeneration %}{% else %}{{ m['content'] }}"
     "{% endif %}\n{% endfor %}"
 )
+# as those models have them
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|head|>' + message['role'] + '<|/head|>\\n\\n'"
+    " + message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = '<s>' + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\\n\\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<turn>' + role + '\\n' + message['content'] | trim + '</turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<turn>model\\n' }}{% endif %}"
+)
 TALK = [
     {"role": "user", "content": "assistant"},
     {"role": "assistant", "content": "Hello there"},
@@ -37,6 +59,9 @@ def learnt(text: Text, messages, template=None) -> str:
     [
         (CHATML, "Hello there<|im_end|>So long<|im_end|>"),
         (MARKED, "Hello there</s>So long</s>"),
+        (LLAMA3, "Hello there<|eot_id|>So long<|eot_id|>"),
+        (MISTRAL, "Hello there</s>So long</s>"),
+        (GEMMA, "Hello there</turn>\nSo long</turn>\n"),
         # the prompt ends with white space that the conversation does not have
         (
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}</s>{% endfor %}"
