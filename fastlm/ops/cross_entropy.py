@@ -24,7 +24,7 @@ ONE = torch.ones((), device="cpu")
 register(
     "cross_entropy",
     Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)),
-    triton(native(torch.float32, torch.bfloat16, torch.float16)),
+    triton(native(torch.float32, torch.bfloat16)),
 )
 
 

@@ -41,7 +41,7 @@ _CHUNK_ROWS = 512
 register(
     _OP,
     Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)),
-    triton(native(torch.float32, torch.bfloat16, torch.float16)),
+    triton(native(torch.float32, torch.bfloat16)),
     Backend("torch", (), lambda dtype, **facts: []),  # PyTorch's operators, chunk by chunk
 )
 

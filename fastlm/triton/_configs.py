@@ -95,8 +95,10 @@ def select(name: str, size: int, device: int) -> Config:
 @lru_cache(4096)
 def _select(name: str, size: int, arch: str) -> Config:
     tables = TABLE[name]
-    rows = tables[arch] if arch in tables else tables[""]
-    return next(config for bound, config in rows if size <= bound)
+    config = next(c for bound, c in tables.get(arch, tables[""]) if size <= bound)
+    if arch.startswith("gfx") and arch not in tables:  # whose warps have 64 threads, not 32
+        config = config._replace(warps=max(config.warps // 2, 1))
+    return config
 
 
 def architecture(device: int) -> str:

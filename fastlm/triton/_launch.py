@@ -70,24 +70,18 @@ class Kernel:
             return
         if _recorded is not None or not _CALLABLE:
             return self._plainly(grid, tensors, scalars, config, constants)
-        pointers: list[int | None] = []
-        types: list[torch.dtype | None] = []
+        pointers = [t if t is None else t.data_ptr() for t in tensors]
         bits = 0
-        for t in tensors:
-            if t is None:
-                pointers.append(None)
-                types.append(None)
-            else:
-                pointer = t.data_ptr()
-                bits |= pointer
-                pointers.append(pointer)
-                types.append(t.dtype)
-        aligned = None if bits & 15 == 0 else tuple([p is None or p & 15 for p in pointers])
+        for p in pointers:
+            if p:
+                bits |= p
+        aligned = bits & 15 == 0 or tuple([p is None or p & 15 for p in pointers])
         device = tensors[0].get_device()  # type: ignore[union-attr]
         driver = triton.runtime.driver.active
         if device != driver.get_current_device():
             with torch.cuda.device(device):
                 return self(grid, tensors, scalars, config, **constants)
+        types = [t if t is None else t.dtype for t in tensors]
         key = (device, aligned, scalars, config, *types, *constants.values())
         compiled = self._compiled.get(key)
         if compiled is None:
