@@ -72,6 +72,21 @@ class Checkpoints:
                 f" replaces the other, but only {_size(free)} are free"
             )
 
+    def rehearse(self, save: Callable[[Path], None]) -> None:
+        """Writes a model once and removes it: what cannot be saved is found before the work.
+
+        Raises:
+            TrainingError: with the reason.
+        """
+        trial = self.folder / ".trial"
+        try:
+            trial.mkdir(exist_ok=True)
+            save(trial)
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{self.out}: the model could not be saved: {error}") from error
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+
     def latest(self) -> Path | None:
         """The checkpoint to go on from, None where there is none."""
         pointed = self._pointed("latest")
@@ -158,8 +173,8 @@ def resolve(path: Path_) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step, flushed to the disk."""
-    fresh = path.with_name(f".{path.name}")
+    """Replaces a file in one step, flushed to the disk; several processes may do so at once."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     with open(fresh, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -110,9 +110,9 @@ class RunLog:
             cells = "".join(_cell(level - 8 * row) for level in levels)
             label = {height - 1: high, 0: low}.get(row)
             lines.append(f"{'' if label is None else format(label, '.3f'):>8} ┤{cells}")
-        first, last = points[0][0], points[-1][0]
+        first, last = str(points[0][0]), str(points[-1][0])
         lines.append(f"{'':>8} └{'─' * len(values)}")
-        lines.append(f"{'':>10}{first}{last:>{max(len(values) - len(str(first)), 1)}} steps")
+        lines.append(f"{'':>10}{first} {last:>{max(len(values) - len(first) - 1, 0)}} steps")
         return "\n".join(lines)
 
     def _line(self, record: Record) -> None:

@@ -393,6 +393,8 @@ class _Run:
         model.to(engine.device, torch.bfloat16 if c.precision == "bf16-pure" else None)
         if found is not None:
             self.load_model(model, found)
+        elif self.checkpoints is not None and engine.first:
+            self.checkpoints.rehearse(lambda folder: self.save_model(model, folder))
         if hasattr(model, "activation_checkpointing"):
             setattr(model, "activation_checkpointing", c.activation_checkpointing)  # noqa: B010
         self.flops = flops_per_token(model, self.source.batch(0).tokens.shape[1])

@@ -59,13 +59,12 @@ def model(
             f" {made.config.vocab}: prepare the text with the model's tokenizer"
         )
     tokenizer = out / "tokenizer"
-    if not tokenizer.exists():
-        source = made.source if isinstance(made.source, Path) else data.tokenizer
-        try:
-            tokenizer.mkdir(parents=True)
-            copy_tokenizer(source, tokenizer)
-        except OSError as error:
-            raise TrainingError(f"{tokenizer} cannot be written: {error.strerror}") from error
+    source = made.source if isinstance(made.source, Path) else data.tokenizer
+    try:
+        tokenizer.mkdir(parents=True, exist_ok=True)
+        copy_tokenizer(source, tokenizer)
+    except OSError as error:
+        raise TrainingError(f"{tokenizer} cannot be written: {error.strerror}") from error
     made.source = tokenizer
     return made
 

@@ -442,6 +442,14 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, monk
     assert not steps
 
 
+def test_a_model_that_cannot_be_saved_is_found_before_training(tmp_path):
+    """Layer norms with rotary positions and gates: no architecture of transformers."""
+    steps = []
+    with pytest.raises(TrainingError, match="the model could not be saved"):
+        run(tiny.make(norm="layer", mlp_bias=True), tmp_path, callbacks=[steps.append])
+    assert not steps and not list((tmp_path / "checkpoints").iterdir())
+
+
 def test_a_disk_that_fills_up_loses_no_checkpoint(tmp_path, monkeypatch):
     save = loop.save_tensors
 
