@@ -79,6 +79,7 @@ def open_model(
 
     from fastlm.hf import tokenizer
     from fastlm.models import Decoder
+    from fastlm.train.checkpoint import TrainingError, resolve
 
     try:
         place = torch.device(device)
@@ -88,6 +89,10 @@ def open_model(
         raise ValueError(f"--device: {device} is not there, {torch.cuda.device_count()} GPUs are")
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
+    try:
+        path = str(resolve(path))  # a training run's best checkpoint
+    except TrainingError as error:
+        raise ValueError(str(error)) from error
     model = Decoder.from_pretrained(path, dtype).eval()
     text = tokenizer.load(model.source or path)
     text.check_fits(model.config.vocab)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from fastlm._version import __version__
+from fastlm.cli._files import written
+from fastlm.cli._model import model_options, open_model
 
 if TYPE_CHECKING:
     from fastlm.hf.tokenizer import Text
@@ -54,12 +59,7 @@ if TYPE_CHECKING:
     help="Ask through the chat template; by default where there is one.",
 )
 @click.option("--batch-size", "-b", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--dtype", help="float32 or bfloat16; by default as stored.")
-@click.option(
-    "--adapter",
-    type=click.Path(exists=True, file_okay=False),
-    help="A LoRA adapter's directory (PEFT's files) to merge first.",
-)
+@model_options
 @click.option("--out", "-o", type=click.Path(dir_okay=False), help="Write all figures as JSON.")
 @click.option("--samples", is_flag=True, help="With --out: also each question and its answer.")
 @click.option(
@@ -76,6 +76,8 @@ def command(
     texts: tuple[str, ...],
     tasks: tuple[str, ...],
     dtype: str | None,
+    quantize: str | None,
+    device: str,
     adapter: str | None,
     out: str | None,
     samples: bool,
@@ -90,27 +92,23 @@ def command(
       fastlm eval ./smollm2 --task sentiment --data sentence_polarity.zip --limit 200
       fastlm eval --list
     """
-    from fastlm.hf import tokenizer
-    from fastlm.models import Decoder
-    from fastlm.train.checkpoint import TrainingError, resolve
-
     if not texts and not tasks:
         raise click.UsageError("give --text or --task (or --list)")
+    if out and not os.access(Path(out).absolute().parent, os.W_OK):
+        raise click.ClickException(f"{out}: its folder is not there or cannot be written")
     try:
-        decoder = Decoder.from_pretrained(resolve(model), dtype)
-        if adapter is not None:
-            from fastlm.train import lora
-
-            lora.load(decoder, adapter).merge()
-        text = tokenizer.load(decoder.source or model)
+        decoder, text = open_model(model, dtype, quantize, device, adapter)
         results = [_text(decoder, text, path, options) for path in texts]
         results += [_task(decoder, text, name, options) for name in tasks]
-    except (ValueError, ImportError, OSError, TrainingError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise click.ClickException(_hint(error)) from error
     _table(results)
     if out:
         kept = [r if samples else {k: v for k, v in r.items() if k != "samples"} for r in results]
-        _write(Path(out), {"model": model, "adapter": adapter, "dtype": dtype, "results": kept})
+        how = {"model": model, "adapter": adapter, "dtype": dtype, "quantize": quantize}
+        with written(out) as file:
+            content = {"fastlm": __version__, **how, "results": kept}
+            file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _text(model: Decoder, text: Text, path: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -237,15 +235,6 @@ def _table(results: list[dict[str, Any]]) -> None:
             spread = result["scores"].get(f"{name}_stderr")
             error = "" if spread is None else f" ± {spread:.4f}"
             click.echo(f"{result['name']:<{width}}  {size:>13}  {name:<16} {value:.4f}{error}")
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    from fastlm import __version__
-
-    partial = path.with_name(path.name + ".tmp")
-    text = json.dumps({"fastlm": __version__, **content}, indent=1, ensure_ascii=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _hint(error: Exception) -> str:

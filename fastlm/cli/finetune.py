@@ -63,6 +63,7 @@ _TEMPLATES = ("chatml", "plain")
 @click.option("--precision", help="fp32, bf16, bf16-pure or fp16.")
 @click.option("--compile", is_flag=True, default=None, help="torch.compile the model.")
 @click.option("--activation-checkpointing", is_flag=True, default=None, help="Less memory.")
+@click.option("--device", help="cpu or cuda; by default CUDA where there is one.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 def command(model: str, rows: str, out: str, **options: Any) -> None:
@@ -101,6 +102,7 @@ def command(model: str, rows: str, out: str, **options: Any) -> None:
             validation=held,
             task=task,
             resume=options["resume"],
+            device=options["device"],
             say=lambda text: None if other else click.echo(text, err=True),
         )
     except (ValueError, ImportError, OSError, TrainingError) as error:

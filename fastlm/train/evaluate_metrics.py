@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import string
 from collections import Counter
@@ -97,6 +98,15 @@ def rouge(predictions: Sequence[str], references: References) -> dict[str, float
         for name in names:
             sums[name] += max(each[name].fmeasure for each in scores)
     return {name: total / len(predictions) for name, total in sums.items()}
+
+
+_PACKAGES = {"bleu": "sacrebleu", "rouge": "rouge_score"}
+
+
+def require(name: str) -> None:
+    """Raises ModuleNotFoundError where the package of a metric is missing: before the work."""
+    if name in _PACKAGES:
+        importlib.import_module(_PACKAGES[name])
 
 
 METRICS: dict[str, Callable[[Sequence[str], References], dict[str, float]]] = {

@@ -18,7 +18,7 @@ from fastlm.train.evaluate import (
     prefix_of,
     score,
 )
-from fastlm.train.evaluate_metrics import METRICS
+from fastlm.train.evaluate_metrics import METRICS, require
 
 if TYPE_CHECKING:
     from fastlm.hf.tokenizer import Text
@@ -76,10 +76,13 @@ def evaluate(
 
     Raises:
         ValueError: no rows, a row the task cannot be asked about, a tokenizer of another model.
+        ModuleNotFoundError: a metric's package is missing (extra `metrics`).
     """
     if not rows:
         raise ValueError(f"task {task.name}: there are no rows")
     text.check_fits(model.config.vocab)
+    for name in task.metrics:
+        require(name)
     if chat is None:
         chat = task.chat and text.template is not None
     if chat and text.template is None:

@@ -96,6 +96,7 @@ def finetune(
     validation: Iterable[Row] = (),
     task: Task | None = None,
     resume: bool = False,
+    device: torch.device | str | None = None,
     say: Callable[[str], None] = lambda text: None,
     quiet: bool = False,
 ) -> Finetuned:
@@ -111,6 +112,7 @@ def finetune(
             should be among `rows`.
         task: turns raw rows into prompts and completions.
         resume: goes on with the run in `out`.
+        device: by default the first CUDA device, else the CPU.
         say: told what is going on, a line at a time.
         quiet: no progress on standard error.
 
@@ -162,6 +164,7 @@ def finetune(
         validation=watched,
         out=out / "run",
         resume=resume,
+        device=device,
         save_model=save,
         load_model=load,
         quiet=quiet,

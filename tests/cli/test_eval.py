@@ -96,6 +96,7 @@ def test_errors_are_one_line(folder, tmp_path):
         ((folder, "--text", empty), f"{empty}: the file is empty"),
         ((folder, "--text", junk), f"{junk}: not UTF-8 text at byte 3"),
         ((folder, "--text", junk, "--stride", "0"), "0 is not in the range"),
+        ((folder, "--text", rows, "--out", tmp_path / "no" / "a.json"), "its folder is not there"),
         ((folder, "--task", "poetry"), "task must be one of arc_easy"),
         ((folder, "--task", "copa"), "task copa: give its rows with --data"),
         ((folder, "--task", rows), f"{rows}: expected the columns query"),
@@ -106,3 +107,14 @@ def test_errors_are_one_line(folder, tmp_path):
         done = run(*args)
         assert done.exit_code != 0 and message in done.stderr, (args, done.stderr)
         assert "Traceback" not in done.stderr
+
+
+def test_a_missing_package_is_told_before_the_work(folder, tmp_path, monkeypatch):
+    import sys
+
+    table = tmp_path / "a.tsv"
+    table.write_text("Go.\tVa !\n")
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.setattr(Decoder, "stream", None)  # nothing is generated
+    done = run(folder, "--task", "translation", "--data", table)
+    assert done.exit_code == 1 and "pip install 'fastlm[metrics]'" in done.stderr
