@@ -107,6 +107,18 @@ def test_validation_keeps_the_best_and_ends_early(base, rows, tmp_path):
     assert torch.equal(best.embed.weight, kept.embed.weight)
 
 
+def test_a_resumed_lora_is_that_of_an_undisturbed_run(base, rows, tmp_path):
+    args = ("-r", 2, "--lora-dropout", 0.2, "--schedule", "constant", "--validation", 0, "-b", 1)
+    args += ("--max-length", 40)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(base, rows, "-o", whole, *args, "--steps", 6).exit_code == 0
+    assert run(base, rows, "-o", parts, *args, "--steps", 2).exit_code == 0
+    done = run(base, rows, "-o", parts, *args, "--steps", 6, "--resume")
+    assert done.exit_code == 0, done.output
+    weights = [path / "adapter" / lora.WEIGHTS for path in (whole, parts)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_a_task_turns_raw_rows_into_answers(base, tmp_path):
     table = tmp_path / "pairs.tsv"
     table.write_text("Go.\tVa !\nRun!\tCours !\n")
