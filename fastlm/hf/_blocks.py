@@ -55,6 +55,22 @@ class Blocks:
                 texts.append("attention")
             else:
                 kept.append(f"attention: asks for {used!r}; fastlm's stands in for sdpa and eager")
+        if sites.sdpa and "attention" in self.wanted:
+            from fastlm.hf.attention_interface import sdpa
+
+            edit.sdpa = sdpa
+            stems.append("attention")
+            texts.append("attention (in place of scaled_dot_product_attention)")
+        if sites.methods and "attention" in self.wanted:
+            from fastlm.hf._own_attention import match_method
+
+            method = match_method(module, sites.methods)
+            if isinstance(method, str):
+                kept.append(f"attention: {method}")
+            else:
+                edit.method = method
+                stems.append("attention")
+                texts.append(f"attention (in place of {sites.methods[0]})")
         if "rope" in self.wanted:
             for name in set(sites.rope):
                 rope = self._rope(plain_forward(cls).__globals__[name])
@@ -74,11 +90,12 @@ class Blocks:
         try:
             function = self._rewritten(cls, edit)
             eager = getattr(getattr(module, "config", None), "_attn_implementation", "") == "eager"
+            eager = eager or edit.method is not None  # which adds its mask to the scores
             calls = _probe.arguments_for(function, *self._input(module), additive=eager)
         except (CannotRewrite, _probe.Mismatch) as e:
             return kept, str(e)
         # eager attention also returns its weights, which fastlm's never makes
-        first = eager and edit.attention is not None
+        first = eager and (edit.attention is not None or edit.method is not None)
         return kept, Candidate(tuple(stems), ", ".join(texts), function, calls, first)
 
     def _input(self, module: nn.Module) -> tuple[int, Any, Tensor]:
@@ -93,7 +110,7 @@ class Blocks:
         raise _probe.Mismatch("no trial run: the width of its input was not found")
 
     def _rewritten(self, cls: type, edit: Edit) -> Callable[..., Any]:
-        key = (cls, edit.attention, *edit.rope.items(), edit.norms)
+        key = (cls, edit.attention, *edit.rope.items(), edit.norms, edit.sdpa, edit.method)
         if key not in self._made:
             original = plain_forward(cls)
             function = rewrite(original, edit)

@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
+
 _ATTENTION, _ROPE, _ADD_NORM = "_fastlm_attention", "_fastlm_rope", "_fastlm_add_norm"
+_SDPA, _METHOD = "_fastlm_sdpa", "_fastlm_method"
 
 
 class CannotRewrite(Exception):
@@ -31,6 +34,8 @@ class Sites:
     attention: int = 0  # look-ups of the attention interface
     rope: tuple[str, ...] = ()  # names of the functions of (q, k, cos, sin) that are called
     add_norm: tuple[str, ...] = ()  # attributes holding norms that follow an addition
+    sdpa: int = 0  # direct calls of PyTorch's attention
+    methods: tuple[str, ...] = ()  # methods of (query, key, value, attention_mask) that are called
 
 
 @dataclass
@@ -41,6 +46,9 @@ class Edit:
     rope: dict[str, Callable[..., Any]] = field(default_factory=dict)
     add_norm: Callable[..., Any] | None = None  # (norm, a, b) -> (norm(a + b), a + b)
     norms: frozenset[str] = frozenset()  # the norms for which add_norm is wanted
+    sdpa: Callable[..., Any] | None = None  # with the arguments of PyTorch's
+    # (module, its method, output_attentions, arguments of the method) -> what the method returns
+    method: Callable[..., Any] | None = None
 
 
 def plain_forward(cls: type) -> FunctionType:
@@ -61,7 +69,8 @@ def find_sites(function: FunctionType) -> Sites:
     tree = _parse(function)
     finder = _Editor(function, None)
     finder.visit(tree)
-    return Sites(finder.attention, tuple(finder.rope), tuple(finder.add_norm))
+    rope, norms, methods = map(tuple, (finder.rope, finder.add_norm, finder.methods))
+    return Sites(finder.attention, rope, norms, finder.sdpa, methods)
 
 
 def rewrite(function: FunctionType, edit: Edit) -> FunctionType:
@@ -69,6 +78,7 @@ def rewrite(function: FunctionType, edit: Edit) -> FunctionType:
     tree = _parse(function)
     tree = ast.fix_missing_locations(_Editor(function, edit).visit(tree))
     helpers: dict[str, Any] = {_ATTENTION: edit.attention, _ADD_NORM: edit.add_norm}
+    helpers |= {_SDPA: edit.sdpa, _METHOD: edit.method}
     helpers |= {f"{_ROPE}_{name}": rope for name, rope in edit.rope.items()}
     factory = ast.parse(f"def factory({', '.join(helpers)}):\n    return None")
     body = factory.body[0]
@@ -124,9 +134,28 @@ class _Editor(ast.NodeTransformer):
         self.attention = 0
         self.rope: list[str] = []
         self.add_norm: list[str] = []
+        self.sdpa = 0
+        self.methods: list[str] = []
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+        self.asks = "output_attentions" if "output_attentions" in names else "None"
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
+        if self._is_sdpa(node.func):
+            self.sdpa += 1
+            if self.edit.sdpa is not None:
+                node.func = ast.copy_location(ast.Name(_SDPA, ast.Load()), node.func)
+            return node
+        if self._is_method(node):
+            self.methods.append(ast.unparse(node.func).removeprefix("self."))
+            if self.edit.method is not None:
+                extra = ast.parse(
+                    f"(self, {ast.unparse(node.func)}, {self.asks})", mode="eval"
+                ).body
+                assert isinstance(extra, ast.Tuple)
+                node.args = [*extra.elts, *node.args]
+                node.func = ast.copy_location(ast.Name(_METHOD, ast.Load()), node.func)
+            return node
         if ast.unparse(node.func) == "ALL_ATTENTION_FUNCTIONS.get_interface":
             return self._interface(node)
         if isinstance(node.func, ast.Name) and self._rotates(node.func.id):
@@ -140,6 +169,23 @@ class _Editor(ast.NodeTransformer):
         self.generic_visit(node)
         named = isinstance(node.value, ast.Name) and node.value.id == "ALL_ATTENTION_FUNCTIONS"
         return self._interface(node) if named and isinstance(node.ctx, ast.Load) else node
+
+    def _is_sdpa(self, func: ast.expr) -> bool:
+        path = ast.unparse(func).split(".")
+        if path[-1] != "scaled_dot_product_attention" or len(path) < 2:
+            return False
+        found: Any = self.globals.get(path[0])
+        for name in path[1:]:
+            found = getattr(found, name, None)
+        return found is torch.nn.functional.scaled_dot_product_attention
+
+    def _is_method(self, node: ast.Call) -> bool:
+        """self.anything(query, key, value, attention_mask)."""
+        func = node.func
+        if not (isinstance(func, ast.Attribute) and ast.unparse(func.value) == "self"):
+            return False
+        names = [ast.unparse(a) for a in node.args]
+        return not node.keywords and names == ["query", "key", "value", "attention_mask"]
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         return self._eager(node)

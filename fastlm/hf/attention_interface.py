@@ -164,6 +164,34 @@ def in_place_of_eager(
     return _attend(module, query, key, value, attention_mask, scaling, False, kwargs), None
 
 
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """PyTorch's scaled_dot_product_attention, by fastlm's kernels where they compute the same."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    if (
+        dropout_p
+        or not (query.dim() == key.dim() == value.dim() == 4)
+        or not (len(query) == len(key) == len(value))
+        or not (enable_gqa or key.shape[1] in (1, query.shape[1]))
+        or (is_causal and (queries != keys or attn_mask is not None))  # aligned at the other end
+        or not (query.dtype == key.dtype == value.dtype)
+    ):
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        function = nn.functional.scaled_dot_product_attention
+        return function(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if attn_mask is None and queries == 1 and query.is_cpu and query.dtype in _DECODED:
+        return ops.decode_attention(query, key, value, keys, scale=scale)
+    return ops.attention(query, key, value, mask=attn_mask, causal=is_causal, scale=scale)
+
+
 def _unknown(kwargs: dict[str, Any]) -> list[str]:
     return [n for n, value in kwargs.items() if n not in _HARMLESS and value is not None]
 

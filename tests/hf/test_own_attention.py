@@ -1,0 +1,123 @@
+"""Attention outside transformers' interface: a method of the model's own, or PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny_models import as_accurate, exactly
+from torch import nn
+
+import fastlm
+from fastlm.hf._own_attention import match_method
+from fastlm.hf.attention_interface import sdpa
+from fastlm.ops import _registry
+from tools.architectures import small
+
+IDS = torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(1))
+MASK = torch.ones_like(IDS)
+MASK[0, :5] = 0
+
+
+def logits(model, **kw):
+    with torch.no_grad():
+        return model(IDS, attention_mask=MASK, **kw).logits[MASK.bool()]
+
+
+@pytest.mark.parametrize("name", ["codegen", "falcon", "gpt_neo", "gptj"])
+def test_padding_windows_and_caches(name):
+    model = small(name)
+    expected, exact = logits(model), exactly(logits, model)
+    options = {"attention_mask": MASK, "max_new_tokens": 8, "do_sample": False}
+    tokens = model.generate(IDS, **options)
+    with fastlm.patch(model), _registry.recording() as verdicts:
+        as_accurate(logits(model), expected, exact)
+        assert [v.stem for v in verdicts].count("attention") == 2
+        assert torch.equal(model.generate(IDS, **options), tokens)
+
+
+@pytest.mark.parametrize("name", ["codegen", "falcon", "gpt_neo", "gptj"])
+def test_weights_for_those_who_ask(name):
+    model = small(name)
+    if name == "falcon":
+        model.set_attn_implementation("eager")
+
+    def weights(model):
+        with torch.no_grad():
+            return model(IDS, output_attentions=True).attentions
+
+    expected, exact = weights(model), exactly(weights, model)
+    with fastlm.patch(model):
+        made = weights(model)
+    assert len(made) == len(expected) == 2
+    for three in zip(made, expected, exact, strict=True):
+        as_accurate(*three)
+
+
+def test_alibi():
+    config = transformers.FalconConfig(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        alibi=True,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    model = transformers.FalconForCausalLM(config).eval()
+    expected, exact = logits(model), exactly(logits, model)
+    with fastlm.patch(model), _registry.recording() as verdicts:
+        as_accurate(logits(model), expected, exact)
+    assert "attention" in {v.stem for v in verdicts}
+
+
+class Own(nn.Module):
+    """A method as GPT-J has it, with something of its own."""
+
+    def __init__(self, scale=0.25, seen=None, power=1.0, head_dim=16):
+        super().__init__()
+        self.seen, self.scale, self.power, self.head_dim = seen, scale, power, head_dim
+        self.bias = nn.Buffer(torch.ones(1, 1, 32, 32, dtype=torch.bool))
+        self.proj = nn.Linear(1, 1)
+
+    def _attn(self, query, key, value, attention_mask=None):
+        scores = query @ key.transpose(-1, -2) * self.scale
+        t = torch.arange(scores.shape[-1])
+        if self.seen is not None:
+            scores = scores.masked_fill(~self.seen(t[:, None], t), -torch.inf)
+        weights = scores.softmax(-1) ** self.power
+        return weights @ value, weights
+
+
+def test_what_a_method_does_is_measured():
+    x = [torch.randn(1, 2, 9, 16) for _ in range(3)]
+    for options in (
+        {},
+        {"scale": 1.0},
+        {"scale": 0.3},
+        {"seen": lambda i, j: j <= i},
+        {"seen": lambda i, j: (j <= i) & (j > i - 4)},
+    ):
+        layer = Own(**options)
+        ours = match_method(layer, ("_attn",))
+        made, _ = ours(layer, layer._attn, None, *x, None)
+        torch.testing.assert_close(made, layer._attn(*x)[0])
+        assert layer.training
+    for options, reason in (
+        ({"seen": lambda i, j: (j <= i) & (j % 3 != 1)}, "hides keys in another way"),
+        ({"head_dim": None}, "has heads of unknown size"),
+    ):
+        assert reason in match_method(Own(**options), ("_attn",))
+    assert "could not be tried" in match_method(Own(), ("missing",))
+    assert "several methods" in match_method(Own(), ("a", "b"))
+
+
+def test_pytorch_runs_what_the_kernel_does_otherwise():
+    q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 4, 9, 16)
+    attend = nn.functional.scaled_dot_product_attention
+    with _registry.recording() as verdicts:
+        assert torch.equal(sdpa(q, k, k, is_causal=True), attend(q, k, k, is_causal=True))
+        assert torch.equal(sdpa(q[0], k[0], k[0]), attend(q[0], k[0], k[0]))
+    assert not verdicts
+    torch.testing.assert_close(sdpa(q, k[:, :1], k[:, :1]), attend(q, k[:, :1], k[:, :1]))
+    torch.testing.assert_close(sdpa(q[:, :, :1], k, k), attend(q[:, :, :1], k, k))
