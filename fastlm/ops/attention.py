@@ -12,8 +12,8 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, direct, needs_grad
-from fastlm.ops._registry import Backend, choose, memory, native, register, remember
+from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._registry import Backend, choose, memory, native, register, remember, triton
 
 _NATIVE = native(torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,6 +28,19 @@ def _cpu_unsupported(dtype: torch.dtype, *, form: str, options: tuple[str, ...])
         reasons.append("makes the gradient of sinks in float32 only")
     if "fp64 mask" in options:
         reasons.append("takes a mask of bool, float32, bfloat16 or float16")
+    return reasons
+
+
+_MAX_HEAD = 256
+
+
+def _triton_unsupported(dtype: torch.dtype, *, form: str, options: tuple[str, ...]) -> list[str]:
+    reasons = _NATIVE(dtype)
+    for option in ("gradient of mask", "gradient of alibi_slopes"):
+        if option in options:
+            reasons.append(f"makes no {option}")
+    if "large head" in options:
+        reasons.append(f"takes heads of at most {_MAX_HEAD} elements")
     return reasons
 
 
@@ -47,6 +60,7 @@ register(
     "attention",
     Backend("cpu", ("cpu",), _cpu_unsupported),
     Backend("torch", (), _torch_unsupported),
+    triton(_triton_unsupported),
 )
 
 _ARGUMENTS = (
@@ -96,6 +110,21 @@ _sinks_backward = define(
     lambda grad, grad_lse, out, lse, sinks, starts_q: torch.empty_like(sinks),
 )
 
+# -> gradients of q, k, v and, where given, the sinks
+_gradients = define(
+    "attention_gradients(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
+    " Tensor lse, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? starts_q, Tensor? starts_k,"
+    " bool causal, int window, float scale, float softcap, bool deterministic)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda grad, grad_lse, q, k, v, out, lse, mask, slopes, sinks, *rest: (
+        *(_empty_gradient(x) for x in (q, k, v)),
+        lse.new_empty(0 if sinks is None else sinks.shape),
+    ),
+)
+_forward_of = by_backend("attention", _forward)
+_forward_lse_of = by_backend("attention", _forward_lse)
+_gradients_of = by_backend("attention", _gradients)
+
 
 class _Attention(torch.autograd.Function):
     @staticmethod
@@ -111,10 +140,13 @@ class _Attention(torch.autograd.Function):
         starts_k: Tensor | None,
         numbers: tuple[bool, int, float, float],
         return_lse: bool,
+        backend: str,
+        deterministic: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        out, lse = _forward_lse(q, k, v, mask, slopes, sinks, starts_q, starts_k, *numbers)
+        forward = _forward_lse_of[backend]
+        out, lse = forward(q, k, v, mask, slopes, sinks, starts_q, starts_k, *numbers)
         ctx.save_for_backward(q, k, v, out, lse, mask, slopes, sinks, starts_q, starts_k)
-        ctx.numbers = numbers
+        ctx.numbers, ctx.backend, ctx.deterministic = numbers, backend, deterministic
         return (out, lse[0]) if return_lse else out
 
     @staticmethod
@@ -122,13 +154,21 @@ class _Attention(torch.autograd.Function):
         ctx: Any, grad: Tensor, grad_lse: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, mask, slopes, sinks, starts_q, starts_k = ctx.saved_tensors
+        if ctx.backend == "triton":
+            wanted = sinks if ctx.needs_input_grad[5] else None
+            tables = (out, lse, mask, slopes, wanted, starts_q, starts_k)
+            dq, dk, dv, dsinks = _gradients_of["triton"](
+                grad, grad_lse, q, k, v, *tables, *ctx.numbers, ctx.deterministic
+            )
+            dsinks = None if wanted is None else dsinks
+            return dq, dk, dv, None, None, dsinks, *(None,) * 6
         dq, dk, dv = _backward(
             grad, grad_lse, q, k, v, out, lse, mask, slopes, starts_q, starts_k, *ctx.numbers
         )
         dsinks = None
         if ctx.needs_input_grad[5]:
             dsinks = _sinks_backward(grad, grad_lse, out, lse, sinks, starts_q)
-        return dq, dk, dv, None, None, dsinks, None, None, None, None
+        return dq, dk, dv, None, None, dsinks, *(None,) * 6
 
 
 @overload
@@ -204,7 +244,8 @@ def attention(
             q [total, Hq, D], k [total_k, Hkv, D], v [total_k, Hkv, Dv], none seeing another.
         cu_seqlens_k: the same for k and v; cu_seqlens_q when None.
         return_lse: also returns log sum_j exp(s_ij), the sink included.
-        deterministic: every CPU kernel is; accepted for backends that offer a faster order.
+        deterministic: False allows a backward whose sums have no fixed order, where one is offered
+            (Triton's: fewer products); every other kernel of ours gives the same bits every time.
 
     Returns:
         out [B, Hq, Tq, Dv] of q's dtype, a view of a [B, Tq, Hq, Dv] tensor where a kernel made it
@@ -254,18 +295,21 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
+    if max(q.shape[-1], v.shape[-1]) > _MAX_HEAD:
+        options += ("large head",)
 
     backend = choose("attention", q, form=form, options=options)
-    if backend == "cpu":
+    if backend in ("cpu", "triton"):
         numbers = (causal, window or 0, scale, softcap or 0.0)
         slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         wide = None if sinks is None else sinks.float().contiguous()
         tables = (mask, slopes, wide, cu_seqlens_q, cu_seqlens_k)
         if needs_grad(q, k, v, sinks):
-            return _Attention.apply(q, k, v, *tables, numbers, return_lse)
+            how = (backend, deterministic is not False)
+            return _Attention.apply(q, k, v, *tables, numbers, return_lse, *how)
         if not return_lse:
-            return _forward(q, k, v, *tables, *numbers)
-        out, lse = _forward_lse(q, k, v, *tables, *numbers)
+            return _forward_of[backend](q, k, v, *tables, *numbers)
+        out, lse = _forward_lse_of[backend](q, k, v, *tables, *numbers)
         return out, lse[0]
     if backend == "torch":
         if mask is not None and mask.is_floating_point():
@@ -314,7 +358,7 @@ def _plain(
         return None
     numbers = (causal, 0, q.shape[3] ** -0.5 if scale is None else scale, 0.0)
     if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, *_NONE, numbers, False)
+        return _Attention.apply(q, k, v, *_NONE, numbers, False, "cpu", True)
     return (_forward if is_dynamo_compiling() else _forward_direct)(q, k, v, *_NONE, *numbers)
 
 

@@ -10,15 +10,15 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, direct, needs_grad
-from fastlm.ops._registry import Backend, choose, native, register
+from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._registry import Backend, choose, native, register, triton
 from fastlm.ops.linear import autocast
 
 _NATIVE = native(torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD = 256
 
 
-def _cpu_unsupported(dtype: torch.dtype, *, head: int, grad: bool) -> list[str]:
+def _unsupported(dtype: torch.dtype, *, head: int, grad: bool) -> list[str]:
     reasons = _NATIVE(dtype)
     if head > _MAX_HEAD:
         reasons.append(f"takes heads of at most {_MAX_HEAD} elements, not {head}")
@@ -27,7 +27,7 @@ def _cpu_unsupported(dtype: torch.dtype, *, head: int, grad: bool) -> list[str]:
     return reasons
 
 
-register("decode_attention", Backend("cpu", ("cpu",), _cpu_unsupported))
+register("decode_attention", Backend("cpu", ("cpu",), _unsupported), triton(_unsupported))
 
 
 def _decode_fake(
@@ -54,7 +54,8 @@ _decode = define(
     " Tensor? block_table, Tensor? mask, Tensor? k_scale, Tensor? v_scale) -> Tensor",
     _decode_fake,
 )
-_decode_direct = direct(_decode)
+_decode_of = by_backend("decode_attention", _decode)
+_direct_of = {name: direct(operator) for name, operator in _decode_of.items()}
 
 
 def decode_attention(
@@ -127,7 +128,9 @@ def decode_attention(
         backend = choose("decode_attention", q, head=head, grad=grad)
         if scale is None:
             scale = size**-0.5
-        if backend == "cpu":  # the binding checks the arguments, for calls of a few microseconds
+        if backend != "cpu":
+            _check(*given)  # the CPU's binding does it itself, for calls of a few microseconds
+        if backend != "reference":
             many, one = (lengths, 0) if isinstance(lengths, Tensor) else (None, lengths)
             slopes = None if alibi_slopes is None else alibi_slopes.float()
             logits = None if sinks is None else sinks.float()
@@ -136,12 +139,11 @@ def decode_attention(
             if mask is not None and mask.is_floating_point():
                 mask = mask.float()
             more = (slopes, logits, cap, block_table, mask, k_scale, v_scale)
-            run = _decode if is_dynamo_compiling() else _decode_direct
+            run = (_decode_of if is_dynamo_compiling() else _direct_of)[backend]
             return run(q, k_cache, v_cache, many, one, scale, nearest, *more)
     except Exception:
         _check(*given)  # names the argument at fault
         raise
-    _check(*given)
     return reference.decode_attention(
         q,
         k_cache,

@@ -70,7 +70,59 @@ _CROSS_ENTROPY: Rows = [
 # Rows of a chunk: 1.05 GB of bf16 logits at 128256 classes
 _LINEAR_CROSS_ENTROPY: Rows = [(ANY, Config((4096,)))]
 
+# Queries and keys of a tile, by head size (twice that for fp32); the kernel of dk and dv names
+# keys first.
+_ATTENTION: Rows = [
+    (64, Config((128, 64), 4, 3)),
+    (128, Config((128, 32), 8, 2)),
+    (256, Config((64, 32), 8, 1)),
+    (ANY, Config((32, 16), 4, 1)),
+]
+_ATTENTION_KV: Rows = [
+    (64, Config((64, 64), 8, 2)),
+    (128, Config((64, 32), 8, 1)),
+    (256, Config((32, 16), 8, 1)),
+    (ANY, Config((16, 16), 4, 1)),
+]
+_ATTENTION_Q: Rows = [
+    (64, Config((128, 64), 8, 1)),
+    (128, Config((64, 32), 8, 1)),
+    (256, Config((32, 32), 8, 1)),
+    (ANY, Config((16, 16), 4, 1)),
+]
+# wgmma reads keys from shared memory, and two groups of warps share one tile
+_ATTENTION_90: Rows = [
+    (64, Config((128, 128), 8, 2)),
+    (128, Config((128, 64), 8, 2)),
+    (256, Config((128, 32), 8, 2)),
+    (ANY, Config((64, 16), 8, 1)),
+]
+_ATTENTION_KV_90: Rows = [
+    (64, Config((128, 64), 8, 2)),
+    (128, Config((128, 32), 8, 2)),
+    (256, Config((64, 32), 8, 2)),
+    (ANY, Config((16, 16), 4, 1)),
+]
+_ATTENTION_Q_90: Rows = [
+    (64, Config((128, 64), 8, 2)),
+    (128, Config((128, 64), 8, 2)),
+    (256, Config((64, 64), 8, 2)),
+    (ANY, Config((16, 16), 4, 1)),
+]
+# Queries at least, and keys
+_DECODE: Rows = [
+    (128, Config((16, 64), 4, 3)),
+    (256, Config((16, 32), 4, 3)),
+    (ANY, Config((16, 16))),
+]
+_ATTENTION_DELTA: Rows = [(128, Config((64,), 4)), (ANY, Config((16,), 4))]
+
 TABLE: dict[str, dict[str, Rows]] = {
+    "attention": {"": _ATTENTION, "sm_90": _ATTENTION_90},
+    "attention_kv": {"": _ATTENTION_KV, "sm_90": _ATTENTION_KV_90},
+    "attention_q": {"": _ATTENTION_Q, "sm_90": _ATTENTION_Q_90},
+    "decode_attention": {"": _DECODE},
+    "attention_delta": {"": _ATTENTION_DELTA},
     "norm": {"": _NORM},
     "norm_backward": {"": _NORM_BACKWARD},
     "norm_weight_gradient": {"": _NORM_WEIGHT_GRADIENT},

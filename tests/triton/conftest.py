@@ -35,8 +35,60 @@ def _round_as_gpus_do() -> None:
     interpreter._convert_float = convert
 
 
+def _multiply_halves() -> None:
+    """The interpreter multiplies the bits of bf16 as integers; tensor cores widen to fp32."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    others = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = x.data.view(np.uint16).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return others(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _patch_once() -> None:
+    """The interpreter replaces the language's functions anew in every call within a kernel."""
+    import types
+
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, modules = (
+        interpreter._patch_lang,
+        types.SimpleNamespace(__globals__={"a": tl, "b": tl.core}),
+    )
+    running = False
+
+    def patch_lang(function):
+        nonlocal running
+        scope = interpreter._LangPatchScope()
+        if not running:
+            running, scope = True, patch(modules)
+            restore = scope.restore
+
+            def stop():
+                nonlocal running
+                running = False
+                restore()
+
+            scope.restore = stop
+        return scope
+
+    interpreter._patch_lang = patch_lang
+
+
 if INTERPRETED:
     _round_as_gpus_do()
+    _multiply_halves()
+    _patch_once()
 
 
 @pytest.fixture(autouse=True)
