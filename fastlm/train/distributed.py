@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -93,10 +94,12 @@ class Engine:
         forward: Any = torch.compile(model) if compiled else model
         if self.kind == "ddp":
             with _watched():
-                # the only buffers are tables, alike everywhere
-                forward = torch.nn.parallel.DistributedDataParallel(
-                    forward, broadcast_buffers=False
-                )
+                parallel: Any = torch.nn.parallel.DistributedDataParallel
+                # the only buffers are tables, alike everywhere; the option's name has changed
+                names = inspect.signature(parallel).parameters
+                new = "forward_sync_buffers" in names
+                option = "forward_sync_buffers" if new else "broadcast_buffers"
+                forward = parallel(forward, **{option: False})
         return forward
 
     @contextlib.contextmanager

@@ -390,6 +390,16 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     assert not (tmp_path / "best").exists()
 
 
+def test_the_clock_saves_too(tmp_path):
+    seen = []
+
+    def look(record):
+        seen.append(sorted(p.name for p in (tmp_path / "checkpoints").iterdir()))
+
+    run(out=tmp_path, steps=4, save_minutes=1e-9, keep=9, callbacks=[look])
+    assert seen[-1] == ["step-00000001", "step-00000002", "step-00000003"]
+
+
 def test_checkpoints_open_in_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     model, result = run(out=tmp_path, steps=3, compile=False)
