@@ -10,15 +10,24 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, direct, needs_grad
-from fastlm.ops._registry import Backend, Reasons, choose, memory, native, register, remember
+from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._registry import (
+    Backend,
+    Reasons,
+    choose,
+    memory,
+    native,
+    register,
+    remember,
+    triton,
+)
 from fastlm.ops.linear import as_matrix, autocast
 from fastlm.reference import QuantizedWeight
 
 _native = native(torch.float32, torch.bfloat16, torch.float16)
 
 
-def _unsupported(dtype: torch.dtype, *, packed: bool, group_size: int) -> Reasons:
+def _unsupported(dtype: torch.dtype, *, packed: bool, group_size: int, int8: bool) -> Reasons:
     reasons = _native(dtype)
     if not packed:
         whole = group_size % 32 == 0
@@ -30,7 +39,20 @@ def _unsupported(dtype: torch.dtype, *, packed: bool, group_size: int) -> Reason
     return reasons
 
 
-register("quantized_linear", Backend("cpu", ("cpu",), _unsupported))
+def _triton_unsupported(
+    dtype: torch.dtype, *, packed: bool, group_size: int, int8: bool
+) -> Reasons:
+    reasons = _native(dtype)
+    if packed:
+        reasons.append("the weight is packed for the CPU: see QuantizedWeight.unpack")
+    if group_size < 32 or group_size & (group_size - 1):
+        reasons.append(f"takes groups of a power of two from 32 on, not of {group_size}")
+    if int8:
+        reasons.append("does not round activations to int8")
+    return reasons
+
+
+register("quantized_linear", Backend("cpu", ("cpu",), _unsupported), triton(_triton_unsupported))
 
 
 def _fake(
@@ -50,6 +72,8 @@ _own = define(
     " int outputs, bool int8) -> Tensor",
     _fake,
 )
+_own_of = by_backend("quantized_linear", _own)
+_direct_of = {name: direct(operator) for name, operator in _own_of.items()}
 
 
 def _fake_dequantize(
@@ -69,20 +93,23 @@ _dequantize = define(
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None, int8: bool
+        ctx: Any, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None, int8: bool, backend: str
     ) -> Tensor:
         ctx.qweight, ctx.like = qweight, (x.dtype, x.shape)
-        values, scale, minimum, _, _, outputs = qweight
-        return _own(x, values, scale, minimum, bias, outputs, int8)
+        values, scale, minimum, *_ = qweight
+        return _own_of[backend](x, values, scale, minimum, bias, qweight.shape[0], int8)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dtype, shape = ctx.like
         rows = as_matrix(grad).float()
         values, scale, minimum, _, _, outputs = ctx.qweight
-        w = _dequantize(values, scale, minimum, outputs, torch.float32)
+        if outputs is None:
+            w = ctx.qweight.dequantize()
+        else:
+            w = _dequantize(values, scale, minimum, outputs, torch.float32)
         dx = rows.mm(w).to(dtype).view(shape) if ctx.needs_input_grad[0] else None
-        return dx, None, rows.sum(0).to(dtype) if ctx.needs_input_grad[2] else None, None
+        return dx, None, rows.sum(0).to(dtype) if ctx.needs_input_grad[2] else None, None, None
 
 
 def quantize_weight(
@@ -166,12 +193,15 @@ def quantized_linear(
             x, bias = autocast(x, bias)
         int8 = _MODES[activations]
         values, scale, minimum, _, group_size, outputs = qweight
-        key = (x.is_cpu or x.device, x.dtype, outputs is not None, group_size)
+        key = (x.is_cpu or x.device, x.dtype, outputs is not None, group_size, int8)
         backend = _chosen.get(key) or _choose(key, x)
-        if backend == "cpu":  # the binding checks the shapes, for calls of a few microseconds
+        if backend == "triton":
+            _check(op, x, qweight, bias, activations)
+            outputs = qweight.shape[0]
+        if backend != "reference":  # the CPU's binding checks the shapes itself
             if is_grad_enabled() and needs_grad(x, bias):
-                return _QuantizedLinear.apply(x, qweight, bias, int8)
-            own = _own if is_dynamo_compiling() else _own_direct
+                return _QuantizedLinear.apply(x, qweight, bias, int8, backend)
+            own = (_own_of if is_dynamo_compiling() else _direct_of)[backend]
             return own(x, values, scale, minimum, bias, outputs, int8)
     except Exception:
         _check(op, x, qweight, bias, activations)  # names the argument at fault
@@ -181,11 +211,11 @@ def quantized_linear(
 
 
 _MODES = {"exact": False, "int8": True}
-_chosen, _own_direct = memory(), direct(_own)
+_chosen = memory()
 
 
 def _choose(key: tuple[Any, ...], x: Tensor) -> str:
-    chosen = choose("quantized_linear", x, packed=key[2], group_size=key[3])
+    chosen = choose("quantized_linear", x, packed=key[2], group_size=key[3], int8=key[4])
     return remember(_chosen, key, chosen)
 
 

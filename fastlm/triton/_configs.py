@@ -109,6 +109,9 @@ _ATTENTION_Q_90: Rows = [
     (256, Config((64, 64), 8, 2)),
     (ANY, Config((16, 16), 4, 1)),
 ]
+# Rows at least, and outputs; of one row: outputs and bytes of weights
+_QUANTIZED: Rows = [(16, Config((16, 64), 4, 4)), (ANY, Config((16, 128), 8, 3))]
+_QUANTIZED_ROW: Rows = [(ANY, Config((16, 256), 4, 3))]
 # Queries at least, and keys
 _DECODE: Rows = [
     (128, Config((16, 64), 4, 3)),
@@ -121,6 +124,8 @@ TABLE: dict[str, dict[str, Rows]] = {
     "attention": {"": _ATTENTION, "sm_90": _ATTENTION_90},
     "attention_kv": {"": _ATTENTION_KV, "sm_90": _ATTENTION_KV_90},
     "attention_q": {"": _ATTENTION_Q, "sm_90": _ATTENTION_Q_90},
+    "quantized_linear": {"": _QUANTIZED},
+    "quantized_row": {"": _QUANTIZED_ROW},
     "decode_attention": {"": _DECODE},
     "attention_delta": {"": _ATTENTION_DELTA},
     "norm": {"": _NORM},
