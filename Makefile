@@ -1,7 +1,7 @@
 # Every target sets up what it needs first (scripts/bootstrap.py: .venv, torch, the native build).
 PYTHON ?= python3
 SETUP = PY=$$($(PYTHON) scripts/bootstrap.py
-CPP = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+CPP = find csrc tests tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 RUN = PYTHONPATH=$(CURDIR) $$PY
 
 .DEFAULT_GOAL := help
