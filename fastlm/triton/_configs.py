@@ -153,8 +153,8 @@ def select(name: str, size: int, device: int) -> Config:
 def _select(name: str, size: int, arch: str) -> Config:
     tables = TABLE[name]
     config = next(c for bound, c in tables.get(arch, tables[""]) if size <= bound)
-    if arch.startswith("gfx") and arch not in tables:  # whose warps have 64 threads, not 32
-        config = config._replace(warps=max(config.warps // 2, 1))
+    if arch.startswith("gfx"):  # whose warps have 64 threads: a block holds 16
+        config = config._replace(warps=min(config.warps, 16))
     return config
 
 

@@ -307,6 +307,8 @@ def _check(x: Tensor, other: Tensor | None, *vectors: Tensor | None) -> None:
     for v in vectors:
         if v is not None and (v.shape != x.shape[-1:] or v.device != x.device):
             raise RuntimeError("norm: the arguments do not fit each other")
+    if x.dim() == 0:
+        raise RuntimeError("norm: a scalar has no rows")
 
 
 def forward(

@@ -92,6 +92,8 @@ def test_strides_and_empty_inputs():
 def test_bad_input_is_named(bad):
     with pytest.raises(ValueError, match=f"rms_norm: {next(iter(bad))} must be"):
         ops.rms_norm(torch.ones(2, 8), **bad)
+    with pytest.raises(ValueError, match="rms_norm: x must be of rank 1 or more"):
+        ops.rms_norm(torch.tensor(1.0))
 
 
 def test_compiles_into_one_graph():
