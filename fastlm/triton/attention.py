@@ -137,10 +137,9 @@ class _Call:
 
 def near(x: Tensor) -> Tensor:
     """x, or a copy where its last stride is not one or its rows lie too far apart."""
-    strides = x.stride()
-    if (strides[-1] != 1 and x.shape[-1] != 1) or (max(strides[-3:-1]) > _FAR and x.numel() < _FAR):
-        return x.contiguous()
-    return x
+    rows = -3 if x.dim() == 3 else -2
+    apart = x.stride(rows) > _FAR and x.shape[rows] > 1
+    return x.contiguous() if apart or (x.stride(-1) != 1 and x.shape[-1] != 1) else x
 
 
 def launch(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fastlm import ops, reference
 from fastlm.testing import check
 from fastlm.triton._configs import Config, override
+from fastlm.triton.attention import near
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TILES = {
@@ -355,6 +356,15 @@ def test_a_sink_of_nothing_and_rows_that_see_only_the_sink():
     assert (lse[:, 0, :15] == -math.inf).all() and (lse[:, 1, :15] == 0.5).all()
     (gradient,) = torch.autograd.grad(out.sum(), sinks)
     assert gradient[0] == 0 and gradient[1] != 0
+
+
+def test_rows_far_apart_are_copied():
+    """Offsets within a tile are 32 bits wide."""
+    far = torch.empty(0, device="meta").as_strided((1, 2, 20, 16), (16, 16, 2**24, 1))
+    long = torch.empty(1, 2, 2**24, 16, device="meta")
+    assert near(far).is_contiguous() and near(long) is long
+    packed = torch.empty(0, device="meta").as_strided((20, 2, 16), (2**24, 16, 1))
+    assert near(packed).is_contiguous() and near(packed[:1]).stride() == packed[:1].stride()
 
 
 def test_refuses_what_it_cannot():
