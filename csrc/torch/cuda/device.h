@@ -40,6 +40,16 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
+// Whether two tensors lie on one device: a kernel that is given others reads the wrong memory.
+inline bool same_place(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
 // Raises where a launcher returned an error.
 inline void check(int status, const char* op) {
   STD_TORCH_CHECK(status == 0, op, ": CUDA error: ", error_text(status));

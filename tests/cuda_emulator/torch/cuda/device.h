@@ -16,6 +16,13 @@ class OnDevice {
   Tensor empty_like(const Tensor& t) const { return empty_cpu_like(t); }
 };
 
+inline bool same_place(const Tensor& a, const Tensor& b) { return a.is_cpu() && b.is_cpu(); }
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
 inline void check(int status, const char* op) {
   STD_TORCH_CHECK(status == 0, op, ": launch failed");
 }
