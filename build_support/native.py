@@ -22,7 +22,8 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 MIN_TORCH = "2.11"
 ABI_TARGET = "0x020b000000000000"  # libtorch stable ABI of torch 2.11
-DEFAULT_CUDA_ARCHS = "8.0;9.0a;10.0a"
+DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
+NVCC_FLAGS = "-std=c++20 -O3 -lineinfo -Werror all-warnings"
 
 # Compiler flags per instruction set; csrc/cpu/isa.cpp lists the same names, worst first.
 X86 = "-mavx2 -mfma -mf16c"
@@ -259,7 +260,7 @@ def _cuda_library(ninja: Ninja, cuda: Path, outdir: Path, libs: str) -> Path:
     ccbin = os.environ.get("NVCC_CCBIN") or os.environ.get("CXX")
     nvcc = f"{cuda / 'bin/nvcc'}" + (f" -ccbin {shlex.split(ccbin)[-1]}" if ccbin else "")
     threads = os.environ.get("NVCC_THREADS", "1")
-    flags = "-std=c++20 -O3 -lineinfo -Werror all-warnings -Xfatbin -compress-all "
+    flags = f"{NVCC_FLAGS} -Xfatbin -compress-all "
     flags += f"-Xcompiler -fPIC,-fvisibility=hidden --threads {threads} "
     flags += f"-I{csrc} -I{csrc / 'cuda'} "
     flags += " ".join(cuda_arch_flags())

@@ -1,4 +1,4 @@
-"""The CUDA library: compiles, loads without a GPU, registers its kernels, spills no register.
+"""The CUDA library: links, loads without a GPU, registers its kernels.
 
 What a machine without a GPU can say about it; no kernel runs here.
 """
@@ -6,7 +6,6 @@ What a machine without a GPU can say about it; no kernel runs here.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "build_support"))
 import native  # noqa: E402
 
-# architecture -> the most registers a kernel may use: 512 threads have to fit a multiprocessor
-ARCHS = {"8.0": 128, "9.0a": 128}
+ARCH = "9.0a"  # one: tests/test_cuda_budget.py compiles for all
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A copy of the package whose _cuda.so was built just now, and what the compiler said."""
+    """A copy of the package whose _cuda.so was built just now."""
     if native.find_cuda() is None:
         pytest.skip("no nvcc here")
     folder = tmp_path_factory.mktemp("cuda")
@@ -35,9 +33,7 @@ def package(tmp_path_factory):
     code += "native.build(out, '.so', tmp, only='_cuda.so')"
     environment = {
         "FASTLM_CUDA": "1",
-        "TORCH_CUDA_ARCH_LIST": ";".join(ARCHS),
-        "NVCC_APPEND_FLAGS": "--resource-usage",
-        "NVCC_THREADS": str(len(ARCHS)),
+        "TORCH_CUDA_ARCH_LIST": ARCH,
         "PYTHONPATH": str(ROOT / "build_support"),
     }
     done = subprocess.run(
@@ -47,7 +43,7 @@ def package(tmp_path_factory):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    return folder
 
 
 def run(folder: Path, code: str) -> str:
@@ -61,7 +57,6 @@ def run(folder: Path, code: str) -> str:
 
 
 def test_loads_without_a_gpu_and_registers_every_operator(package):
-    folder, _ = package
     code = """
 import re, pathlib, torch, fastlm
 from fastlm import _ext
@@ -73,14 +68,13 @@ for name in names:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fastlm::" + name, "CUDA"), name
 print(len(names), fastlm.ops.implementations("rms_norm", "cuda"), fastlm.info()["CUDA kernels"])
 """
-    said = run(folder, code.format(root=str(ROOT)))
+    said = run(package, code.format(root=str(ROOT)))
     count, rest = said.split(" ", 1)
     assert int(count) >= 3
     assert rest.strip() == "['cuda', 'reference'] loaded"
 
 
 def test_public_function_picks_the_cuda_kernel(package):
-    folder, _ = package
     code = """
 import torch, fastlm
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -91,20 +85,4 @@ with mode, fastlm.ops._registry.recording() as verdicts:
     y, s = fastlm.ops.rms_norm(x, residual=x)
 print(verdicts[0].chosen, y.device, tuple(s.shape))
 """
-    assert run(folder, code).strip() == "cuda cuda:0 (4, 64)"
-
-
-def test_registers_and_spills(package):
-    _, said = package
-    entries = re.findall(
-        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers",
-        said,
-        re.S,
-    )
-    limits = {arch.replace(".", ""): limit for arch, limit in ARCHS.items()}
-    assert {arch for _, arch, *_ in entries} == set(limits)
-    assert len(entries) >= 2 * 20
-    for name, arch, stores, loads, registers in entries:
-        assert (int(stores), int(loads)) == (0, 0), f"{name} spills on sm_{arch}"
-        assert int(registers) <= limits[arch], f"{name} uses {registers} registers on sm_{arch}"
+    assert run(package, code).strip() == "cuda cuda:0 (4, 64)"

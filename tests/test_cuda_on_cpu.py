@@ -34,17 +34,21 @@ def build_info(): return dict(compiler="", torch="", torch_abi="", stems=[{stem!
 
 def emulated(stem: str, folder: Path) -> Path:
     """A folder holding the package, with csrc/cuda/<stem>.cu in place of its CPU kernels."""
-    kernel = (ROOT / f"csrc/cuda/{stem}.cu").read_text()
     launched = r"emulator::launch([&] { \1(\3); }, \2);"
-    source = folder / f"{stem}.cpp"
-    source.write_text(LAUNCH.sub(launched, kernel))
-    assert "<<<" not in source.read_text()
+    sources = folder / "kernels"
+    sources.mkdir()
+    for kernel in [ROOT / f"csrc/cuda/{stem}.cu", *(ROOT / "csrc/cuda").glob("*.cuh")]:
+        text = LAUNCH.sub(launched, kernel.read_text())
+        assert "<<<" not in text, f"a launch in {kernel.name} is written in a new way"
+        (
+            sources / kernel.name.replace(".cu", ".cpp" if kernel.suffix == ".cu" else ".cu")
+        ).write_text(text)
     library = folder / "emulated.so"
     torch = native.find_torch()
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
     command += [f"-DTORCH_TARGET_VERSION={native.ABI_TARGET}", "-DTORCH_STABLE_ONLY"]
-    command += [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}"]
-    command += ["-isystem", f"{torch / 'include'}", str(source)]
+    command += [f"-I{EMULATOR}", f"-I{sources}", f"-I{ROOT / 'csrc'}"]
+    command += ["-isystem", f"{torch / 'include'}", str(sources / f"{stem}.cpp")]
     command += [str(ROOT / f"csrc/torch/cuda/{stem}.cpp"), "-o", str(library)]
     command += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -66,35 +70,64 @@ def run(folder: Path, *command: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
-# Wide rows take the other layouts: a block of 128, 256 or 512 threads, and rows read twice. A
-# shifted weight has no 16-byte alignment.
-WIDE = """
+NORMS = """
+import sys
 import torch
 from fastlm import ops, reference, _ext
 from fastlm.testing import check
 from tests_of_operator import baseline
 assert _ext.native.cpu_isa() == "emulated CUDA"
 torch.manual_seed(0)
+name = sys.argv[1]
+ours, oracle = getattr(ops, name), getattr(reference, name)
+arguments = 2 if name == "layer_norm" else 1
+# Widths in vectors of 16 bytes: a row of 8, 32, 128 and 512 threads, rows read again. Odd widths,
+# and a shifted weight without 16-byte alignment, take the path of single elements.
+SHAPES = [(0, 37, 5), (0, 9, 128), (0, 5, 512), (0, 3, 600), (0, 2, 2052), (1, 3, 96), (0, 40, 96)]
 for dtype in (torch.float32, torch.bfloat16):
-    for shift, rows, cols in (
-        (0, 9, 2048), (0, 3, 6000), (0, 2, 12288), (0, 2, 40000), (0, 300, 24), (1, 6, 2048),
-        (1, 1, 2048), (1, 1, 6001), (1, 2, 12288)
-    ):
-        x, r = torch.randn(rows, cols, dtype=dtype), torch.randn(rows, cols, dtype=dtype)
-        check(
-            lambda x, w, r: ops.rms_norm(x, w[shift:], residual=r),
-            lambda x, w, r: baseline(x, w[shift:], r),
-            lambda x, w, r: reference.rms_norm(x, w[shift:], residual=r),
-            [x, torch.randn(cols + shift, dtype=dtype), r],
-        )
+    for shift, rows, vectors in SHAPES:
+        cols = vectors * 16 // dtype.itemsize + (shift and 3)
+        for form in ("plain", "residual", "fp32_weight", "no_weight"):
+            if form in ("fp32_weight", "no_weight") and vectors > 512:
+                continue
+            x = torch.randn(rows, cols, dtype=dtype) + (3 if form == "plain" else 0)
+            like = torch.float32 if form == "fp32_weight" else dtype
+            w = [torch.randn(cols + shift, dtype=like) for _ in range(arguments)]
+            if form == "no_weight":
+                w = [None] * arguments
+            r = torch.randn(rows, cols, dtype=dtype) if form == "residual" else None
+            cut = lambda v: [t if t is None else t[shift:] for t in v]
+            check(
+                lambda x, r, *w: ours(x, *cut(w), residual=r),
+                lambda x, r, *w: baseline(x, *cut(w), r),
+                lambda x, r, *w: oracle(x, *cut(w), residual=r),
+                [x, r, *w],
+                draws=2,
+            )
 """
 
 
-def test_rms_norm(tmp_path):
-    folder = emulated("rms_norm", tmp_path)
+@pytest.mark.parametrize("stem", ["rms_norm", "layer_norm"])
+def test_norms(tmp_path, stem):
+    folder = emulated(stem, tmp_path)
+    own_tests(stem, folder, "empty or strided or names_the_argument or far_above")
+    run(folder, "-c", NORMS, stem)
+
+
+def test_activation(tmp_path):
+    folder = emulated("activation", tmp_path)
+    own_tests("activation", folder, "matches or tails or empty or strides or names_the_argument")
+
+
+def test_rope(tmp_path):
+    folder = emulated("rope", tmp_path)
+    which = "matches or order_of_memory or rest_is_copied or empty or in_a_batch"
+    own_tests("rope", folder, f"{which} or names_the_argument")
+
+
+def own_tests(stem: str, folder: Path, which: str) -> None:
+    """Runs some of the operator's own tests on the emulated kernels."""
     tests = folder / "tests_of_operator.py"
-    shutil.copy(ROOT / "tests/ops/test_rms_norm.py", tests)
+    shutil.copy(ROOT / f"tests/ops/test_{stem}.py", tests)
     shutil.copy(ROOT / "tests/conftest.py", folder)  # the seed
-    options = ["-q", "-p", "no:cacheprovider", "-k", "(matches and cpu) or empty or strided"]
-    run(folder, "-m", "pytest", *options, str(tests))
-    run(folder, "-c", WIDE)
+    run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which, str(tests))

@@ -36,6 +36,7 @@ __device__ inline void for_vectors(int64_t cols, F&& f) {
       if (i < cols) f(j, static_cast<int64_t>(i));
     }
   } else {
+#pragma unroll 2
     for (int64_t i = first; i < cols; i += L::kStep) f(0, i);
   }
 }

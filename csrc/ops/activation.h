@@ -35,4 +35,10 @@ struct ActivationKernels {
                    int64_t col_end);
 };
 
+// Launchers of csrc/cuda/activation.cu: queue the kernel on a cudaStream_t, return a cudaError_t.
+namespace cuda {
+int activation_forward(const ActivationForward&, void* stream);
+int activation_backward(const ActivationBackward&, void* stream);
+}  // namespace cuda
+
 }  // namespace fastlm

@@ -28,4 +28,10 @@ struct RopeKernels {
   void (*rotate)(const RopeArgs&, int64_t begin, int64_t end);
 };
 
+// Launcher of csrc/cuda/rope.cu: queues one kernel for one or two tensors of the same form on a
+// cudaStream_t, returns a cudaError_t. The tiles of the arguments are for CPUs alone.
+namespace cuda {
+int rope(const RopeArgs* args, int count, void* stream);
+}  // namespace cuda
+
 }  // namespace fastlm

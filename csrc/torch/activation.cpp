@@ -4,40 +4,12 @@
 #include <tuple>
 
 #include "cpu/isa.h"
-#include "torch/alloc.h"
+#include "torch/activation_rows.h"
 
 FASTLM_KERNEL_TABLE(ActivationKernels, activation)
 
 namespace fastlm {
 namespace {
-
-// A tensor as rows with one stride between them: halves of a chunked tensor are read where they
-// lie. What cannot be seen so is copied.
-struct Rows {
-  Tensor tensor;
-  int64_t stride;
-};
-
-Rows as_rows(const Tensor& t) {
-  const int64_t dims = t.dim(), cols = dims == 0 ? 1 : t.size(-1);
-  if (t.is_contiguous()) return {t, cols};
-  bool regular = t.stride(dims - 1) == 1;
-  for (int64_t d = 0; d + 2 < dims; ++d) {
-    regular &= t.stride(d) == t.stride(d + 1) * t.size(d + 1);
-  }
-  if (regular && dims >= 2) return {t, t.stride(dims - 2)};
-  return {torch::stable::contiguous(t), cols};
-}
-
-// Rows of `cols` elements where some input has gaps, else one row of everything.
-struct Shape {
-  int64_t rows, cols;
-  Shape(const Tensor& like, int64_t cols_, bool gaps) : rows(1), cols(like.numel()) {
-    if (!gaps) return;
-    cols = cols_;
-    rows = cols == 0 ? 0 : like.numel() / cols;
-  }
-};
 
 // Cuts the work: rows where there are several, else columns at multiples of a cache line, so that
 // no two threads write the same one.
@@ -54,11 +26,9 @@ void split(const Args& args, Kernel kernel, int64_t bytes) {
   }
 }
 
-int64_t last(const Tensor& t) { return t.dim() == 0 ? 1 : t.size(-1); }
-
-void run_forward(const Rows& x, const void* up, int64_t up_stride, const Tensor& y, bool gaps,
+void run_forward(const RowView& x, const void* up, int64_t up_stride, const Tensor& y, bool gaps,
                  int64_t kind) {
-  const Shape shape(y, last(y), gaps);
+  const RowShape shape(y, last_size(y), gaps);
   const ActivationForward args{x.tensor.const_data_ptr(),
                                up,
                                y.mutable_data_ptr(),
@@ -77,33 +47,24 @@ Tensor activation(const Tensor& x, int64_t kind) {
   return y;
 }
 
-bool same_sizes(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
-}
-
 Tensor gated_activation(const Tensor& gate_, const Tensor& up_, int64_t kind) {
   STD_TORCH_CHECK(
       up_.is_cpu() && up_.scalar_type() == gate_.scalar_type() && same_sizes(gate_, up_),
       "up does not fit gate");
-  const Rows gate = as_rows(gate_), up = as_rows(up_);
-  const int64_t cols = last(gate_);
+  const RowView gate = row_view(gate_), up = row_view(up_);
+  const int64_t cols = last_size(gate_);
   Tensor y = empty_cpu_like(gate_);
   run_forward(gate, up.tensor.const_data_ptr(), up.stride, y,
               gate.stride != cols || up.stride != cols, kind);
   return y;
 }
 
-const void* offset(const Tensor& t, int64_t elements) {
-  return static_cast<const char*>(t.const_data_ptr()) + elements * t.element_size();
-}
-
 // x [..., 2F]: gate and up side by side.
 Tensor packed_activation(const Tensor& x_, int64_t kind) {
   const Tensor x = dense(x_);
-  const int64_t cols = last(x) / 2, rows = cols == 0 ? 0 : x.numel() / (2 * cols);
+  const int64_t cols = last_size(x) / 2, rows = cols == 0 ? 0 : x.numel() / (2 * cols);
   Tensor y = empty_cpu({rows, cols}, x.scalar_type());
-  run_forward({x, 2 * cols}, offset(x, cols), 2 * cols, y, true, kind);
+  run_forward({x, 2 * cols}, data_at(x, cols), 2 * cols, y, true, kind);
   return y;
 }
 
@@ -123,10 +84,10 @@ Tensor activation_backward(const Tensor& grad_, const Tensor& x_, int64_t kind) 
 std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad_, const Tensor& gate_,
                                                      const Tensor& up_, int64_t kind) {
   const Tensor grad = dense(grad_);
-  const Rows gate = as_rows(gate_), up = as_rows(up_);
+  const RowView gate = row_view(gate_), up = row_view(up_);
   Tensor dgate = empty_cpu_like(gate_), dup = empty_cpu_like(up_);
-  const int64_t cols = last(gate_);
-  const Shape shape(dgate, cols, gate.stride != cols || up.stride != cols);
+  const int64_t cols = last_size(gate_);
+  const RowShape shape(dgate, cols, gate.stride != cols || up.stride != cols);
   run_backward({grad.const_data_ptr(), gate.tensor.const_data_ptr(), up.tensor.const_data_ptr(),
                 dgate.mutable_data_ptr(), dup.mutable_data_ptr(), shape.rows, shape.cols,
                 gate.stride, up.stride, shape.cols, shape.cols, static_cast<Activation>(kind),
@@ -137,9 +98,9 @@ std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad_, const 
 Tensor packed_activation_backward(const Tensor& grad_, const Tensor& x_, int64_t kind) {
   const Tensor grad = dense(grad_), x = dense(x_);
   Tensor dx = empty_cpu_like(x);
-  const int64_t cols = last(x) / 2, rows = cols == 0 ? 0 : x.numel() / (2 * cols);
-  run_backward({grad.const_data_ptr(), x.const_data_ptr(), offset(x, cols), dx.mutable_data_ptr(),
-                const_cast<void*>(offset(dx, cols)), rows, cols, 2 * cols, 2 * cols, 2 * cols,
+  const int64_t cols = last_size(x) / 2, rows = cols == 0 ? 0 : x.numel() / (2 * cols);
+  run_backward({grad.const_data_ptr(), x.const_data_ptr(), data_at(x, cols), dx.mutable_data_ptr(),
+                const_cast<void*>(data_at(dx, cols)), rows, cols, 2 * cols, 2 * cols, 2 * cols,
                 2 * cols, static_cast<Activation>(kind), dtype_of(x)});
   return dx;
 }

@@ -92,6 +92,11 @@ inline Tensor empty_cpu_like(const Tensor& t) {
                      aoti_torch_device_type_cpu(), 0);
 }
 
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
 // t itself where it is contiguous, else a contiguous copy.
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);

@@ -13,7 +13,12 @@ from fastlm.ops._library import by_backend, define, direct, needs_grad
 from fastlm.ops._norm import check, empty_like, empty_vector, triton_unsupported, unsupported
 from fastlm.ops._registry import Backend, choose, memory, register, remember, triton
 
-register("layer_norm", Backend("cpu", ("cpu",), unsupported), triton(triton_unsupported))
+register(
+    "layer_norm",
+    Backend("cuda", ("cuda",), unsupported),
+    Backend("cpu", ("cpu",), unsupported),
+    triton(triton_unsupported),
+)
 
 _forward = define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",

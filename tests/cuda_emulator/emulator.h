@@ -1,7 +1,9 @@
 // Runs simple CUDA kernels on the CPU, one block after another, so that a machine without a GPU can
 // check what they compute. Each thread of a block is a fiber; __syncthreads and the shuffles switch
 // between them, so a barrier that some thread misses shows as an endless wait and is reported.
-// What it cannot show: races within a warp, memory models, speed. No tensor cores, no atomics.
+// Fibers take turns upwards and downwards by turns, so that a barrier left out shows as a wrong
+// result. What it cannot show: races within a warp, memory models, speed. No tensor cores, no
+// atomics.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -16,6 +18,7 @@
 
 #define __global__
 #define __device__
+#define __grid_constant__
 #define __shared__ static  // blocks run one at a time
 #define __launch_bounds__(...)
 
@@ -105,7 +108,8 @@ inline void run_block(unsigned threads, const std::function<void()>& kernel) {
       fprintf(stderr, "emulator: a barrier waits for a thread that never comes\n");
       abort();
     }
-    for (unsigned t = 0; t < threads; ++t) {
+    for (unsigned i = 0; i < threads; ++i) {
+      const unsigned t = (rounds + block_index.x) % 2 == 0 ? i : threads - 1 - i;
       if (self.fibers[t].done) continue;
       self.current = thread_index.x = t;
       resume(self.fibers[t]);
@@ -143,6 +147,17 @@ inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
   emulator::block->exchange[self] = value;
   emulator::wait(warp, 32);
   const float other = emulator::block->exchange[self ^ static_cast<unsigned>(lanes)];
+  emulator::wait(warp, 32);
+  return other;
+}
+
+inline float __shfl_sync(unsigned mask, float value, int lane) {
+  if (mask != 0xffffffffu) abort();
+  const unsigned self = threadIdx.x;
+  emulator::Barrier& warp = emulator::block->warps[self / 32];
+  emulator::block->exchange[self] = value;
+  emulator::wait(warp, 32);
+  const float other = emulator::block->exchange[self / 32 * 32 + static_cast<unsigned>(lane)];
   emulator::wait(warp, 32);
   return other;
 }

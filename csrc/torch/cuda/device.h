@@ -28,6 +28,8 @@ class OnDevice {
     return empty_dense(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype,
                        aoti_torch_device_type_cuda(), index_);
   }
+  int32_t index() const { return index_; }
+  int32_t type() const { return aoti_torch_device_type_cuda(); }
   Tensor empty_like(const Tensor& t) const {
     const auto sizes = t.sizes();
     return empty_dense(sizes.data(), static_cast<int64_t>(sizes.size()), t.scalar_type(),
@@ -43,11 +45,6 @@ class OnDevice {
 // Whether two tensors lie on one device: a kernel that is given others reads the wrong memory.
 inline bool same_place(const Tensor& a, const Tensor& b) {
   return a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
-}
-
-inline bool same_sizes(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
 }
 
 // Raises where a launcher returned an error.

@@ -13,15 +13,12 @@ class OnDevice {
   Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
     return empty_cpu(sizes, dtype);
   }
+  int32_t index() const { return 0; }
+  int32_t type() const { return aoti_torch_device_type_cpu(); }
   Tensor empty_like(const Tensor& t) const { return empty_cpu_like(t); }
 };
 
 inline bool same_place(const Tensor& a, const Tensor& b) { return a.is_cpu() && b.is_cpu(); }
-
-inline bool same_sizes(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
-}
 
 inline void check(int status, const char* op) {
   STD_TORCH_CHECK(status == 0, op, ": launch failed");
