@@ -125,6 +125,37 @@ def test_rope(tmp_path):
     own_tests("rope", folder, f"{which} or names_the_argument")
 
 
+# Rows of whole vectors: all in registers, and with a rest that is read again.
+ALIGNED_LOSSES = """
+import torch
+from fastlm import ops, reference
+from fastlm.testing import check
+from tests_of_operator import OPTIONS, baseline, options
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16):
+    for shape in ((3, 1000), (2, 20000)):
+        for form in OPTIONS:
+            x, target = torch.randn(shape, dtype=dtype) * 3, torch.randint(0, shape[1], shape[:1])
+            kw = options(form, shape)
+            check(
+                lambda x: ops.cross_entropy(x, target, **kw),
+                lambda x: baseline(x, target, kw),
+                lambda x: reference.cross_entropy(x, target, **kw),
+                [x],
+                draws=8,
+            )
+"""
+
+
+def test_cross_entropy(tmp_path):
+    folder = emulated("cross_entropy", tmp_path)
+    which = "(matches and (101 or 9001)) or alone or single_class or stay or growing or extreme"
+    which += (
+        " or undefined or ignored or empty or strided or (names_the_argument and not IndexError)"
+    )
+    own_tests("cross_entropy", folder, which)
+
+
 def own_tests(stem: str, folder: Path, which: str) -> None:
     """Runs some of the operator's own tests on the emulated kernels."""
     tests = folder / "tests_of_operator.py"

@@ -1,4 +1,4 @@
-// Sums over the threads that share a row: part of a warp, a warp, or a whole block.
+// Sums and maxima over the threads that share a row: part of a warp, a warp, or a whole block.
 #pragma once
 
 namespace fastlm {
@@ -31,6 +31,23 @@ __device__ inline void sum_over(float (&v)[N], float* shared) {
       for (int w = 0; w < kWarps; ++w) v[i] += shared[i * kWarps + w];
     }
   }
+}
+
+// The largest x of a block of kThreads threads, a multiple of 32; `shared` holds one float per
+// warp.
+template <int kThreads>
+__device__ inline float max_over(float x, float* shared) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  }
+  __syncthreads();  // the last call's readers are done
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = shared[0];
+#pragma unroll
+  for (int w = 1; w < kThreads / 32; ++w) x = fmaxf(x, shared[w]);
+  return x;
 }
 
 }  // namespace fastlm
