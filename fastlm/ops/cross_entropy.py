@@ -11,7 +11,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_dynamo_compiling
 
-from fastlm import reference
+from fastlm import _ext, reference
 from fastlm.ops import _checks
 from fastlm.ops._library import by_backend, define, direct, needs_grad
 from fastlm.ops._registry import Backend, choose, memory, native, register, remember, triton
@@ -23,6 +23,7 @@ ONE = torch.ones((), device="cpu")
 
 register(
     "cross_entropy",
+    Backend("cuda", ("cuda",), native(torch.float32, torch.bfloat16)),
     Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)),
     triton(native(torch.float32, torch.bfloat16)),
 )
@@ -109,7 +110,8 @@ def scaled(factor: Tensor, *gradients: Tensor, backend: str = "cpu") -> tuple[Te
         return once(factor, *gradients)
     if _keeps_graph():
         return tuple(g * factor for g in gradients)
-    if backend == "triton":  # looks at the factor where it lies
+    if backend == "triton" or (backend == "cuda" and not _ext.triton_error()):
+        # looks at the factor where it lies
         scale_ = importlib.import_module("fastlm.triton.cross_entropy").scale_
         return tuple(scale_(g, factor) for g in gradients)
     if not factor.is_cpu:

@@ -35,6 +35,7 @@ def _unsupported(
 
 register(
     "rope",
+    Backend("cuda", ("cuda",), _unsupported),
     Backend("cpu", ("cpu",), _unsupported),
     triton(lambda dtype, **facts: _unsupported(dtype, **facts, types=_TRITON)),
 )
