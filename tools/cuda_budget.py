@@ -126,8 +126,8 @@ def _resources(said: str) -> Kernels:
 
 
 COUNTED = {  # what a kernel's disassembly is searched for
-    "wide_loads": r"\bLDG\.\S*(128|256)",
-    "wide_stores": r"\bSTG\.\S*(128|256)",
+    "wide_loads": r"\bLDG?\.\S*(128|256)",
+    "wide_stores": r"\bSTG?\.\S*(128|256)",
     "local": r"\b(LDL|STL)\b",
     "tensor_core": r"\b(HMMA|HGMMA|IMMA|UTC\w*MMA)\b",
 }
@@ -147,6 +147,7 @@ def _readable(names: Sequence[str]) -> list[str]:
     for line in done.stdout.splitlines():
         text = re.sub(r"\([^()]*\)$", "", line.removeprefix("void "))
         text = re.sub(r"fastlm::(\w+::)*|_GLOBAL__N__\w+::|\(anonymous namespace\)::", "", text)
+        text = re.sub(r"\([^()]*\)$", "", text)
         shown.append(re.sub(r"\((bool|int)\)", "", text).replace("> >", ">>"))
     return shown
 

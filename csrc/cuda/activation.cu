@@ -73,7 +73,7 @@ __device__ inline void for_columns(int64_t cols, int64_t blocks_per_row, F&& f) 
 }
 
 template <class T, int kVec, bool kGated, Activation kAct>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     forward_kernel(const ActivationForward a, int64_t blocks_per_row) {
   for_columns<kVec>(a.cols, blocks_per_row, [&](int64_t row, int64_t i, auto shape) {
     constexpr int kN = sizeof(shape) / sizeof(float);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <class T, int kVec, bool kGated, Activation kAct>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     backward_kernel(const ActivationBackward a, int64_t blocks_per_row) {
   for_columns<kVec>(a.cols, blocks_per_row, [&](int64_t row, int64_t i, auto shape) {
     constexpr int kN = sizeof(shape) / sizeof(float);

@@ -63,7 +63,7 @@ struct Softmax {
 };
 
 template <class T, int kVec, bool kCapped>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads)
     rows_kernel(const CrossEntropy a, const cuda::CrossEntropyLaunch more) {
   __shared__ float shared[kThreads / 32];
   constexpr int64_t kStep = kThreads * kVec;

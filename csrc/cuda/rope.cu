@@ -35,6 +35,19 @@ struct Parts {
   Part part[2];
 };
 
+// One 16-byte store: left to itself the compiler splits those of this file into words.
+template <class T, int N>
+__device__ inline void put(T* p, const Vec<T, N>& v) {
+  if constexpr (N == 1) {
+    *p = v.v[0];
+  } else {
+    static_assert(N == kVector<T>, "one access");
+    uint4 bits;
+    __builtin_memcpy(&bits, v.v, sizeof bits);
+    __stwb(reinterpret_cast<uint4*>(p), bits);
+  }
+}
+
 // N values of a table, element by element: they come from the caches.
 template <class Tab, int N>
 __device__ inline void load_angles(const Tab* p, int step, float (&out)[N]) {
@@ -69,8 +82,8 @@ struct Halves {
       second.load(x + half + i);
     }
     __device__ void store(T* y, int64_t i, int64_t half) const {
-      first.store(y + i);
-      second.store(y + half + i);
+      put(y + i, first);
+      put(y + half + i, second);
     }
     __device__ float one(int k) const { return first[k]; }
     __device__ float two(int k) const { return second[k]; }
@@ -112,7 +125,7 @@ struct Neighbours {
         y[2 * i] = v.v[0];
         y[2 * i + 1] = v.v[1];
       } else {
-        v.store(y + 2 * i);
+        put(y + 2 * i, v);
       }
     }
     __device__ float one(int k) const { return v[2 * k]; }
@@ -151,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 2) rotate_kernel(const __grid_consta
       for (int64_t h = 0; h < heads; ++h) {
         Vec<T, kVec> v;
         v.load(x + h * a.x_head + i);
-        v.store(y + h * a.y_head + i);
+        put(y + h * a.y_head + i, v);
       }
       continue;
     }

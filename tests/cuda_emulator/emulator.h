@@ -162,4 +162,6 @@ inline float __shfl_sync(unsigned mask, float value, int lane) {
   return other;
 }
 
+inline void __stwb(uint4* p, uint4 value) { *p = value; }
+
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
