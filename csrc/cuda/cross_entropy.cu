@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads)
     if (a.z_loss != 0.0f) loss += a.z_loss * lse * lse;
     loss *= w;
     if (a.smoothing != 0.0f) loss += spread * (drop[0] + w_sum * log_sum);
-    a.loss[r] = more.scale_loss ? loss * token : loss;
+    a.loss[r] = a.scale == nullptr ? loss : loss * token;
   }
 }
 

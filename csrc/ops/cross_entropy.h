@@ -32,12 +32,11 @@ struct CrossEntropyKernels {
 
 namespace cuda {
 // What csrc/cuda/cross_entropy.cu needs beside the contract, whose class_weight_sum it finds itself
-// where there are class weights.
+// where there are class weights. A token's loss comes multiplied by its scale.
 struct CrossEntropyLaunch {
-  float* work;      // 2 floats
-  float* out;       // the reduced loss, or null
-  bool mean;        // divide loss and gradient by the weight of the tokens that count
-  bool scale_loss;  // multiply a token's loss by its scale
+  float* work;  // 2 floats
+  float* out;   // the reduced loss, or null
+  bool mean;    // divide loss and gradient by the weight of the tokens that count
 };
 // Queues the kernels on a cudaStream_t, returns a cudaError_t. A target out of range gives NaN.
 int cross_entropy(const CrossEntropy&, const CrossEntropyLaunch&, void* stream);

@@ -21,8 +21,8 @@ void check_floats(const std::optional<Tensor>& t, int64_t count, const Tensor& l
 
 CrossEntropy arguments(const Tensor& logits, const Tensor& target,
                        const std::optional<Tensor>& class_weight,
-                       const std::optional<Tensor>& scale, const Tensor& loss, double factor,
-                       int64_t ignore_index, double smoothing, double z_loss, double softcap) {
+                       const std::optional<Tensor>& scale, const Tensor& loss, int64_t ignore_index,
+                       double smoothing, double z_loss, double softcap) {
   STD_TORCH_CHECK(logits.dim() > 0 && logits.size(-1) > 0, "logits must be [..., V] with V > 0");
   const int64_t classes = logits.size(-1);
   STD_TORCH_CHECK(cuda::same_place(target, logits) && target.scalar_type() == ScalarType::Long &&
@@ -40,7 +40,7 @@ CrossEntropy arguments(const Tensor& logits, const Tensor& target,
           target.numel(),
           classes,
           ignore_index,
-          static_cast<float>(factor),
+          1.0f,
           static_cast<float>(classes),
           static_cast<float>(smoothing),
           static_cast<float>(z_loss),
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits_, const Tensor& ta
   const cuda::OnDevice device(logits_);
   const Tensor logits = dense(logits_), target = dense(target_);
   Tensor loss = device.empty({target.numel()}, ScalarType::Float);
-  CrossEntropy args = arguments(logits, target, class_weight, token_weight, loss, 1.0, ignore_index,
+  CrossEntropy args = arguments(logits, target, class_weight, token_weight, loss, ignore_index,
                                 smoothing, z_loss, softcap);
   Tensor grad = gradient ? device.empty_like(logits) : device.empty({0}, logits.scalar_type());
   if (gradient) args.grad = grad.mutable_data_ptr();
@@ -68,35 +68,13 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits_, const Tensor& ta
   const cuda::CrossEntropyLaunch more{
       static_cast<float*>(work.mutable_data_ptr()),
       reduction == kNone ? nullptr : static_cast<float*>(out.mutable_data_ptr()),
-      reduction == kMean, true};
+      reduction == kMean};
   cuda::check(cuda::cross_entropy(args, more, device.stream()), "cross_entropy");
   return {out, grad};
 }
 
-// The loss of each row [rows]; with `gradient` the logits become the gradient of
-// factor sum_r scale[r] loss[r]. For a loop over chunks of logits.
-Tensor cross_entropy_chunk(Tensor logits, const Tensor& target,
-                           const std::optional<Tensor>& class_weight,
-                           const std::optional<Tensor>& scale, double factor, int64_t ignore_index,
-                           double smoothing, double z_loss, double softcap, bool gradient) {
-  STD_TORCH_CHECK(logits.is_contiguous() && target.is_contiguous(), "expected dense tensors");
-  const cuda::OnDevice device(logits);
-  Tensor loss = device.empty({target.numel()}, ScalarType::Float);
-  CrossEntropy args = arguments(logits, target, class_weight, scale, loss, factor, ignore_index,
-                                smoothing, z_loss, softcap);
-  if (gradient) args.grad = logits.mutable_data_ptr();
-  Tensor work = device.empty({2}, ScalarType::Float);
-  const cuda::CrossEntropyLaunch more{static_cast<float*>(work.mutable_data_ptr()), nullptr, false,
-                                      false};
-  cuda::check(cuda::cross_entropy(args, more, device.stream()), "cross_entropy");
-  return loss;
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, m) {
-  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
-  m.impl("cross_entropy_chunk", TORCH_BOX(&cross_entropy_chunk));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, m) { m.impl("cross_entropy", TORCH_BOX(&cross_entropy)); }
 
 }  // namespace fastlm
