@@ -120,7 +120,7 @@ SHAPES = {
 def test_matches_float64(dtype, name):
     (batch, hq, hkv, tq, tk, d, dv), options = SHAPES[name]
     q, k, v = heads(batch, hq, tq, d), heads(batch, hkv, tk, d), heads(batch, hkv, tk, dv)
-    matches([x.to(dtype) for x in (q, k, v)], options, 16 if name == "one" else 4)
+    matches([x.to(dtype) for x in (q, k, v)], options, 16 if name == "one" else 3)
 
 
 def test_a_window_of_one_sees_itself():
@@ -214,7 +214,7 @@ def equal(ours, others):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("kind", ["bool", "added"])
 def test_hidden_tiles_are_never_read(dtype, kind):
-    q, k, v = (heads(2, 2, 64, 16, dtype) for _ in "qkv")
+    q, k, v = (heads(2, 1, 64, 16, dtype) for _ in "qkv")
     mask = torch.ones(2, 1, 1, 64, dtype=torch.bool)
     mask[1, ..., 32:] = False
     if kind == "added":
@@ -243,8 +243,8 @@ def test_a_causal_mask_gives_what_causal_gives():
 def test_packed_sequences_equal_single_ones(dtype, window, same):
     starts_q = torch.tensor([0, 20, 20, 21, 60], dtype=torch.int32)
     starts_k = starts_q if same else torch.tensor([0, 17, 20, 51, 60], dtype=torch.int32)
-    q, k, v = (torch.randn(60, n, 16).to(dtype) for n in (4, 2, 2))
-    slopes, sinks = torch.rand(4, 4), torch.randn(4)
+    q, k, v = (torch.randn(60, n, 16).to(dtype) for n in (2, 1, 1))
+    slopes, sinks = torch.rand(4, 2), torch.randn(2)
     options = {"causal": True, "window": window, "return_lse": True}
 
     def packed(q, k, v, sinks):
@@ -263,7 +263,7 @@ def test_packed_sequences_equal_single_ones(dtype, window, same):
         return out, torch.cat([s[0] for _, s in found], -1)
 
     ours, single = (gradients(f, (q, k, v, sinks)) for f in (packed, singly))
-    assert ours[0].shape == (60, 4, 16) and ours[1].shape == (4, 60)
+    assert ours[0].shape == (60, 2, 16) and ours[1].shape == (2, 60)
     assert equal(ours[:5], single[:5])
     torch.testing.assert_close(ours[5], single[5])
 
