@@ -31,7 +31,7 @@ def test_text_to_shards(stories, tmp_path):
     assert done.stdout.splitlines()[-1] == str(out)
     assert done.stderr == "", "nothing is drawn where no terminal is"
     assert (len(TokenDataset(out, "train")), len(TokenDataset(out, "validation"))) == (27, 3)
-    assert read_manifest(out)["command"].startswith("fastlm ")
+    assert read_manifest(out)["command"].startswith("fastlm")
     again = run(stories, "-o", out, "-t", "byte")
     assert again.exit_code == 1
     assert f"Error: {out}: the folder exists; --overwrite replaces it" in again.stderr

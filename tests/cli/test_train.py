@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -65,7 +66,8 @@ def test_from_tokens_to_a_model(tokens, tmp_path):
     assert losses[-1] < losses[0] / 1.5
     assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "peak_share"} <= set(found[1])
     assert found[-1]["validation"] == min(r["validation"] for r in found if "validation" in r)
-    assert (run / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    if importlib.util.find_spec("matplotlib"):
+        assert (run / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert (run / "best" / "tokenizer.json").is_file()
     text = CliRunner().invoke(main, ["generate", str(run / "best"), "-p", "the cat ", "-n", "8"])
     assert text.exit_code == 0 and len(text.output) > 12
