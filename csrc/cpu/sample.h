@@ -9,14 +9,15 @@
 //            them. Nothing is sorted
 // Tile       row [ group of 64 | ... | masked tail ]
 // Traffic    reads the logits once, without top_k a second time from cache
-// Numerics   fp32 exponentials, fp64 sums; equal logits are kept or cut together
-// Source     Holtzman et al., arXiv:1904.09751 (top_p); Nguyen et al., arXiv:2407.01082 (min_p);
+// Numerics   fp32 exponentials and sums of 64, fp64 sums of these; equal logits are kept or cut
+// together Source     Holtzman et al., arXiv:1904.09751 (top_p); Nguyen et al., arXiv:2407.01082
+// (min_p);
 //            Hoare, "Algorithm 65: find"
 constexpr int64_t kGroup = 64;
 
 // What a row's scratch holds.
 struct Candidates {
-  float* tops;     // [groups] largest logit of each group
+  float* tops;     // [groups] largest logit of each group, at the end their weights
   float* value;    // [vocab] candidates in the order of the tokens
   float* copy;     // [vocab] the same, for quickselect to disorder
   int32_t* token;  // [vocab] their tokens
@@ -157,17 +158,37 @@ double exponentials(const T* z, int64_t n, float top, float unit, float* out) {
   return total;
 }
 
-// The first index whose cumulative weight exceeds u times the total; its weight is not 0.
-inline int64_t invert(const float* weight, int64_t n, double u) {
-  double total = 0.0, sum = 0.0;
-  for (int64_t i = 0; i < n; ++i) total += weight[i];
-  int64_t last = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    sum += weight[i];
-    if (sum > u * total) return i;
-    if (weight[i] > 0.0f) last = i;
+// The first index whose cumulative weight exceeds u times the total; its weight is not 0. The sums
+// of groups, kept in `sums`, find the group, so that only one group is added up in turn.
+inline int64_t invert(const float* weight, int64_t n, double u, float* sums) {
+  const int64_t groups = groups_of(n);
+  double total = 0.0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t end = min_of(n, (g + 1) * kGroup);
+    VecF sum = zero();
+    int64_t i = g * kGroup;
+    for (; i + kLanes <= end; i += kLanes) sum = sum + load(weight + i);
+    if (i < end) sum = sum + load(weight + i, static_cast<int>(end - i));
+    sums[g] = reduce_add(sum);
+    total += static_cast<double>(sums[g]);
   }
-  return last;
+  const double wanted = u * total;
+  double before = 0.0;  // weight of the groups passed
+  int64_t group = 0, last = 0;
+  for (; group < groups; ++group) {
+    if (sums[group] > 0.0f) last = group;
+    if (before + static_cast<double>(sums[group]) > wanted) break;
+    before += static_cast<double>(sums[group]);
+  }
+  if (group == groups) group = last;  // u next to 1, and rounding
+  const int64_t end = min_of(n, (group + 1) * kGroup);
+  int64_t found = group * kGroup;
+  for (int64_t i = found; i < end; ++i) {
+    if (weight[i] > 0.0f) found = i;
+    before += static_cast<double>(weight[i]);
+    if (before > wanted) break;
+  }
+  return found;
 }
 
 template <class T>
@@ -207,7 +228,7 @@ bool sample_row(const Sample& a, int64_t row, float* memory) {
     const double rest = a.top_p < 1.0 ? (1.0 - a.top_p) * total / static_cast<double>(vocab) : 0.0;
     const double least = max_of(rest, a.min_p);
     if (least == 0.0) {
-      a.token[row] = invert(c.value, vocab, a.uniform[row]);
+      a.token[row] = invert(c.value, vocab, a.uniform[row], c.tops);
       return true;
     }
     // a little lower, so that rounding cuts nothing that the comparison below would keep
@@ -221,7 +242,7 @@ bool sample_row(const Sample& a, int64_t row, float* memory) {
     least = max_of(least, cut<weight_by_value>(c.copy, c.count, a.top_p * total));
   }
   drop(c, least);
-  a.token[row] = c.token[invert(c.value, c.count, a.uniform[row])];
+  a.token[row] = c.token[invert(c.value, c.count, a.uniform[row], c.tops)];
   return true;
 }
 

@@ -56,7 +56,7 @@ def sample(
         TypeError: an argument that is no tensor of the kind asked for.
         RuntimeError: on the CPU kernel, a row that holds NaN or +inf, or nothing above -inf.
 
-    Exponentials are fp32, sums fp64. The same input gives the same tokens for any number of
+    Exponentials and sums of 64 of them are fp32, sums of these fp64. The same input gives the same tokens for any number of
     threads; a `uniform` within rounding of a boundary may give the neighbour elsewhere.
     Source: Holtzman et al., arXiv:1904.09751 (top_p); Nguyen et al., arXiv:2407.01082 (min_p).
 
