@@ -106,7 +106,7 @@ def _run(
         cut = _CHUNK_ROWS, library
     tensors = rows, weight, target, bias, class_weight, token_weight
     loss, dx, *others = _FORWARD[backend](*tensors, *options, *cut)
-    return loss, dx if rows is x or not dx.numel() else dx.view_as(x), *others
+    return loss, dx if dx.dim() == 1 else dx.view_as(x), *others  # [0] where not asked for
 
 
 class _Reduced(torch.autograd.Function):

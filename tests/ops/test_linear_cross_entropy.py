@@ -346,3 +346,17 @@ def test_bad_input_names_the_argument(change, error, text):
     arguments = {"x": x, "weight": weight, "target": target, "bias": bias, **change}
     with pytest.raises(error, match=f"linear_cross_entropy: {text}"):
         ops.linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("leading", [(0,), (0, 1), (2, 0)], ids=str)
+def test_no_tokens_have_gradients_too(backend, reduction, leading):
+    x = torch.randn(*leading, 5, requires_grad=True)
+    weight = torch.randn(7, 5, requires_grad=True)
+    target = torch.zeros(leading, dtype=torch.int64)
+    with ops.use_backend(backend):
+        loss = ops.linear_cross_entropy(x, weight, target, reduction=reduction)
+    loss.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.nan_to_num().any()
