@@ -143,14 +143,24 @@ def launches(name: str, architecture: str) -> dict[str, Launch]:
     return found
 
 
-def checks(
-    label: str, launch: Launch, arch: str, made: triton.compiler.CompiledKernel
-) -> list[str]:
-    """What a kernel's instructions must show: wgmma where a product has 64 rows or more."""
-    product = launch.config.tile[0] >= 64 and "tt.dot" in made.asm["ttir"]
-    if arch == "sm_90" and product and "wgmma" not in made.asm["ptx"]:
-        return [f"{label}: no wgmma on sm_90"]
-    return []
+# the instruction of tensor cores, for products of fewer than 64 rows and for the others
+TENSOR_CORES = {
+    "sm_80": ("mma.sync", "mma.sync"),
+    "sm_90": ("mma.sync", "wgmma.mma_async"),
+    "sm_100": ("mma.sync", "tcgen05.mma"),
+    "gfx942": ("v_mfma", "v_mfma"),
+}
+PRODUCT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(?:bf16|f16)>")
+
+
+def checks(label: str, arch: str, made: triton.compiler.CompiledKernel) -> list[str]:
+    """What a kernel's instructions must show: tensor cores where it multiplies halves."""
+    rows = [int(found) for found in PRODUCT.findall(made.asm["ttir"])]
+    if not rows:
+        return []
+    wanted = TENSOR_CORES[arch][max(rows) >= 64]
+    text = made.asm["amdgcn" if arch == "gfx942" else "ptx"]
+    return [] if wanted in text else [f"{label} on {arch}: no {wanted}"]
 
 
 def main() -> int:
@@ -168,7 +178,7 @@ def main() -> int:
         for arch in (args.arch,) if args.arch else ARCHITECTURES:
             for label, launch in launches(name, arch).items():
                 made = compiled(launch, TARGETS[arch])
-                complaints += checks(label, launch, arch, made)
+                complaints += checks(label, arch, made)
                 table.setdefault(label, {})[arch] = found = needs(made)
                 print(f"{arch:8}{label:60}{found}", flush=True)
                 if args.asm:

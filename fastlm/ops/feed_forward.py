@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import define, needs_grad
+from fastlm.ops._library import by_backend, define, needs_grad
 from fastlm.ops._product import grad_w, grad_x, own
-from fastlm.ops._registry import Backend, absent, choose, native, register
+from fastlm.ops._registry import Backend, absent, choose, native, register, triton
 from fastlm.ops.activation import KINDS as KINDS
 from fastlm.ops.linear import as_matrix, autocast, cpu_slower, size_of
 from fastlm.ops.linear import check as check_linear
@@ -25,6 +25,10 @@ def _torch_unsupported(dtype: torch.dtype, **facts: Any) -> list[str]:
     return _NATIVE(dtype) or absent("activation", Backend("cpu", (), _NATIVE), "cpu")
 
 
+def _triton_unsupported(dtype: torch.dtype, **facts: Any) -> list[str]:
+    return native(torch.float32, torch.bfloat16, torch.float16)(dtype)
+
+
 def _torch_slower(dtype: torch.dtype, **facts: Any) -> list[str]:
     compiling = torch.compiler.is_compiling()
     return ["the compiler fuses PyTorch's own activation"] if compiling else []
@@ -34,6 +38,7 @@ register(
     "feed_forward",
     Backend("cpu", ("cpu",), _NATIVE, cpu_slower),
     Backend("torch", ("cpu",), _torch_unsupported, _torch_slower),  # its products, our activation
+    triton(_triton_unsupported, _torch_slower),
 )
 
 
@@ -68,6 +73,9 @@ _backward = define(
         up.new_empty(0 if gate is None else up.shape),
     ),
 )
+_FORWARD = by_backend("feed_forward", _forward)
+_HIDDEN = by_backend("feed_forward", _hidden)
+_BACKWARD = by_backend("feed_forward", _backward)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -87,16 +95,16 @@ class _FeedForward(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         gate: Tensor | None
-        if backend == "cpu":
-            hidden, up, gate = _hidden(x, w_in, w_gate, b_in, b_gate, _NUMBER[kind])
+        if backend != "torch":
+            hidden, up, gate = _HIDDEN[backend](x, w_in, w_gate, b_in, b_gate, _NUMBER[kind])
             gate = None if w_gate is None else gate
-            y = own(hidden, w_out, b_out)
+            y = (own if backend == "cpu" else F.linear)(hidden, w_out, b_out)
         else:
             up = F.linear(x, w_in, b_in)
             gate = None if w_gate is None else F.linear(x, w_gate, b_gate)
             y = F.linear(_activation(up, gate, _NUMBER[kind]), w_out, b_out)
         ctx.save_for_backward(x, w_in, w_out, w_gate, b_in, b_out, b_gate, up, gate)
-        ctx.kind = kind
+        ctx.kind, ctx.backend = kind, backend
         return y
 
     @staticmethod
@@ -109,11 +117,14 @@ class _FeedForward(torch.autograd.Function):
         grad, x_rows = as_matrix(grad), as_matrix(x)
         up, gate = as_matrix(up), None if gate is None else as_matrix(gate)
         d_up = grad_x(grad, w_out)  # the gradient of hidden, until the kernel has passed
-        hidden, d_gate = _backward(d_up, up, gate, _NUMBER[ctx.kind])
+        pointwise = _BACKWARD[ctx.backend] if ctx.backend == "triton" else _backward
+        hidden, d_gate = pointwise(d_up, up, gate, _NUMBER[ctx.kind])
         dx = d_w_gate = None
         if need[0]:
             dx = grad_x(d_up, w_in)
-            if w_gate is not None:
+            if w_gate is not None and ctx.backend == "triton":
+                dx = dx.addmm_(d_gate, w_gate)  # in one launch
+            elif w_gate is not None:
                 dx = dx.add_(grad_x(d_gate, w_gate))
             dx = dx.view(x.shape)
         if w_gate is not None and need[3]:
@@ -244,6 +255,8 @@ def feed_forward(
         )
     if needs_grad(*args):
         return _FeedForward.apply(*args, activation, backend)
+    if backend == "triton":
+        return _FORWARD[backend](*args, _NUMBER[activation])
     return _by_library(*args, _NUMBER[activation])
 
 

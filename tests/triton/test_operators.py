@@ -24,6 +24,9 @@ CALLS = {
     "gated_activation_backward": (X, X, X, 3),
     "packed_activation": (X, 4),
     "packed_activation_backward": (X[:, :4], X, 0),
+    "feed_forward": (X, X, X.t(), X.clone(), None, W, W[:3], 0),
+    "feed_forward_hidden": (X, X, None, W[:3], None, 1),
+    "feed_forward_backward": (torch.randn(3, 3), X[:, :3].contiguous(), None, 1),
     "cross_entropy": (X, *LOSS, 1, True),
     "linear_cross_entropy": (X, X, *LOSS[:1], None, *LOSS[1:], 0, True, True, True, 0, True),
 }
