@@ -17,6 +17,7 @@ OPS = (
     "rms_norm",
     "layer_norm",
     "rope",
+    "rope_append",
     "activation",
     "attention",
     "decode_attention",

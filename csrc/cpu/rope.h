@@ -7,41 +7,7 @@
 // Traffic    reads x once, writes y; the tables come from the cache for all heads but the first
 // Numerics   fp32, one rounding to the output
 // Source     arXiv:2104.09864, equation 34
-#include "cpu/norm_rows.h"
-
-// `second`: where the tables of the second half begin, 0 where both halves share one.
-template <class T, class Tab>
-inline void rotate_halves(const T* x, T* y, const Tab* cos, const Tab* sin, int64_t half,
-                          int64_t second, bool transposed) {
-  for_vectors(half, [&](int64_t i, auto... n) {
-    const VecF x1 = load(x + i, n...), x2 = load(x + half + i, n...);
-    const VecF a = x1 * load(cos + i, n...), b = x2 * load(cos + second + i, n...);
-    const VecF s1 = load(sin + i, n...), s2 = load(sin + second + i, n...);
-    store(y + i, transposed ? fma(x2, s2, a) : fma(zero() - x2, s1, a), n...);
-    store(y + half + i, transposed ? fma(zero() - x1, s1, b) : fma(x1, s2, b), n...);
-  });
-}
-
-// C and S of one token: c[i] = cos_i; s[i] is what the neighbour of element i is multiplied with.
-template <class Tab>
-inline void lay_out(const RopeArgs& a, const Tab* cos, const Tab* sin, float* c, float* s) {
-  for (int64_t i = 0; i < a.rotary; i += 2) {
-    const int64_t first = a.full_width ? i : i / 2, second = a.full_width ? i + 1 : i / 2;
-    const float s1 = fastlm::to_float(sin[first]), s2 = fastlm::to_float(sin[second]);
-    c[i] = fastlm::to_float(cos[first]);
-    c[i + 1] = fastlm::to_float(cos[second]);
-    s[i] = a.transposed ? s2 : -s1;
-    s[i + 1] = a.transposed ? -s1 : s2;
-  }
-}
-
-template <class T>
-inline void rotate_neighbours(const T* x, T* y, const float* c, const float* s, int64_t rotary) {
-  for_vectors(rotary, [&](int64_t i, auto... n) {
-    const VecF v = load(x + i, n...);
-    store(y + i, fma(swap_neighbours(v), load(s + i, n...), v * load(c + i, n...)), n...);
-  });
-}
+#include "cpu/rope_rows.h"
 
 template <class T, class Tab>
 void rotate_tiles(const RopeArgs& a, int64_t begin, int64_t end) {
@@ -58,7 +24,8 @@ void rotate_tiles(const RopeArgs& a, int64_t begin, int64_t end) {
     const Tab* cos = static_cast<const Tab*>(a.cos) + b * a.cos_batch + t0 * a.cos_token;
     const Tab* sin = static_cast<const Tab*>(a.sin) + b * a.sin_batch + t0 * a.sin_token;
     for (int64_t t = 0; t < tokens && a.interleaved; ++t) {
-      lay_out(a, cos + t * a.cos_token, sin + t * a.sin_token, c + t * a.rotary, s + t * a.rotary);
+      lay_out(cos + t * a.cos_token, sin + t * a.sin_token, c + t * a.rotary, s + t * a.rotary,
+              a.rotary, a.full_width, a.transposed);
     }
     const T* x = static_cast<const T*>(a.x) + b * a.x_batch + h0 * a.x_head + t0 * a.x_token;
     T* y = static_cast<T*>(a.y) + b * a.y_batch + h0 * a.y_head + t0 * a.y_token;

@@ -213,9 +213,14 @@ def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: in
     _checks.shape("rope", "sin", sin, cos.shape)
     _checks.same_dtype("rope", "sin", sin, cos)
     _checks.same_device("rope", "sin", sin, q)
+    check_width("rope", head, width, rotary_dim)
+
+
+def check_width(op: str, head: int, width: int, rotary_dim: int | None) -> None:
+    """Checks that tables of a width turn all or some of the elements of a head."""
     rotary = reference.rotated_width(head, width, rotary_dim)
     if rotary_dim is not None and not (0 < rotary <= head and rotary % 2 == 0):
-        raise _checks.fail("rope", "rotary_dim", f"even and at most {head}", rotary_dim)
+        raise _checks.fail(op, "rotary_dim", f"even and at most {head}", rotary_dim)
     if width not in (rotary, rotary // 2) or rotary > head or rotary % 2 or rotary == 0:
         expected = f"{rotary} or {rotary // 2}" if rotary_dim else f"even and at most {head}"
-        raise _checks.fail("rope", "cos", f"of a width {expected}", width)
+        raise _checks.fail(op, "cos", f"of a width {expected}", width)

@@ -13,6 +13,7 @@ from fastlm.reference.quantized_linear import quantize_weight, quantized_linear
 from fastlm.reference.quantized_weight import QuantizedWeight
 from fastlm.reference.rms_norm import rms_norm
 from fastlm.reference.rope import rope, rotated_width
+from fastlm.reference.rope_append import rope_append
 from fastlm.reference.sample import probabilities, sample
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rope",
+    "rope_append",
     "rotated_width",
     "sample",
 ]
