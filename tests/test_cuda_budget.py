@@ -14,6 +14,8 @@ from tools import cuda_budget  # noqa: E402
 
 pytestmark = pytest.mark.skipif(cuda_budget.native.find_cuda() is None, reason="no nvcc here")
 
+FEW_RESULTS = ("quantized_linear",)  # a number or a few where others write a row
+
 
 @pytest.fixture(scope="module")
 def found():
@@ -48,7 +50,8 @@ def test_wide_kernels_load_and_store_16_bytes(found):
             for kernel, facts in wide.items():
                 where = f"{stem}, sm_{arch}: {kernel}"
                 assert facts["wide_loads"] > 0, f"{where} has no 16-byte loads"
-                assert facts["wide_stores"] > 0, f"{where} has no 16-byte stores"
+                if stem not in FEW_RESULTS:
+                    assert facts["wide_stores"] > 0, f"{where} has no 16-byte stores"
             for kernel, facts in kernels.items():
                 where = f"{stem}, sm_{arch}: {kernel}"
                 assert facts["spilled"] or not facts["local"], f"{where} keeps an array in memory"

@@ -156,6 +156,58 @@ def test_cross_entropy(tmp_path):
     own_tests("cross_entropy", folder, which)
 
 
+# The weight lies by rows, which the facade does not keep on a CPU: the operator is called itself.
+QUANTIZED = """
+import torch
+import torch.nn.functional as F
+from fastlm import ops, reference
+from fastlm.testing import check
+torch.manual_seed(0)
+own = torch.ops.fastlm.quantized_linear.default
+FORMS = [dict(bits=8), dict(bits=4), dict(bits=4, symmetric=False), dict(bits=8, group_size=128),
+         dict(bits=4, group_size=64, symmetric=False), dict(bits=4, group_size=128)]
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for number, form in enumerate(FORMS):
+        for rows, width, outputs in (((1,), 1280, 13), ((2, 3), 384, 9), ((16,), 128, 1)):
+            q = ops.quantize_weight(torch.randn(outputs, width), **form).unpack()
+            w, w64 = q.dequantize(dtype), q.dequantize(torch.float64)
+            x = torch.randn(*rows, width, dtype=dtype)
+            bias = torch.randn(outputs, dtype=dtype) if number % 2 else None
+            check(
+                lambda x, b: own(x, q.values, q.scale, q.minimum, b, outputs, False),
+                lambda x, b: F.linear(x, w, b),
+                lambda x, b: F.linear(x, w64, b),
+                [x, bias],
+                gradients=False,
+            )
+q = ops.quantize_weight(torch.randn(10, 256), 4).unpack()
+call = lambda x, q=q: own(x, q.values, q.scale, None, None, q.shape[0], False)
+x = torch.randn(5, 260)
+for view in (x[:, :256], x[:, 1:257], x[:, 4:260], torch.randn(256, 5).t()):  # odd places
+    assert torch.equal(call(view), call(view.clone(memory_format=torch.contiguous_format)))
+moved = torch.empty(q.values.numel() + 1, dtype=torch.uint8)[1:].view_as(q.values)
+moved.copy_(q.values)
+assert torch.equal(call(x[:, :256], q._replace(values=moved)), call(x[:, :256]))
+assert call(torch.empty(2, 0, 256)).shape == (2, 0, 10)
+empty = reference.quantize_weight(torch.randn(3, 0))
+bias = torch.randn(3)
+y = own(torch.empty(2, 0), empty.values, empty.scale, None, bias, 3, False)
+assert torch.equal(y, bias.expand(2, 3))
+assert call(torch.empty(2, 64), reference.quantize_weight(torch.randn(0, 64), 4)).shape == (2, 0)
+for wrong in (torch.randn(17, 256), torch.randn(2, 128)):
+    try:
+        call(wrong)
+    except RuntimeError as error:
+        assert "quantized_linear" in str(error)
+    else:
+        raise AssertionError("taken")
+"""
+
+
+def test_quantized_linear(tmp_path):
+    run(emulated("quantized_linear", tmp_path), "-c", QUANTIZED)
+
+
 def own_tests(stem: str, folder: Path, which: str) -> None:
     """Runs some of the operator's own tests on the emulated kernels."""
     tests = folder / "tests_of_operator.py"

@@ -1,6 +1,7 @@
 // A few neighbouring elements in registers, loaded and stored in 16-byte pieces.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -8,9 +9,11 @@ namespace fastlm {
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(__half x) { return __half2float(x); }
 
 __device__ inline void from_float(float x, float* out) { *out = x; }
 __device__ inline void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
+__device__ inline void from_float(float x, __half* out) { *out = __float2half_rn(x); }
 
 // Elements of T that fill one 16-byte access.
 template <class T>

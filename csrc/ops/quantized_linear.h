@@ -77,4 +77,29 @@ struct QuantizedLinearKernels {
   bool fast_bytes;  // whether exact `forward` is as fast as fp32's multiply-add, row for row
 };
 
+// y[r,:] = x[r,:] w^T + bias on a GPU. The weight lies by rows, as the Triton kernels read it:
+//   8 bits:  signed bytes [out, in]
+//   4 bits:  bytes [out, in / 2]; of a group, byte j holds value j in its low half and value
+//            j + group / 2 in its high half
+//   scale, minimum: [out, in / group] fp16
+struct QuantizedRows {
+  const void* x;       // [rows, in], rows x_stride apart
+  const void* values;  // see above; starts at a multiple of 16 bytes
+  const void* scale;
+  const void* minimum;  // or null
+  const void* bias;     // [out], or null
+  void* y;              // [rows, out]
+  int64_t rows, in, out, group, x_stride;
+  QuantizedForm form;
+  DType dtype;  // of x, bias and y
+};
+
+namespace cuda {
+constexpr int64_t kQuantizedMostRows = 16;
+
+// Launcher of csrc/cuda/quantized_linear.cu: queues one kernel on a cudaStream_t, returns a
+// cudaError_t. Groups are powers of two from 32 on, rows at most kQuantizedMostRows.
+int quantized_linear(const QuantizedRows& args, void* stream);
+}  // namespace cuda
+
 }  // namespace fastlm

@@ -92,6 +92,17 @@ inline Tensor empty_cpu_like(const Tensor& t) {
                      aoti_torch_device_type_cpu(), 0);
 }
 
+// A fresh contiguous tensor [..., out] of x's type for x [..., in].
+inline Tensor empty_rows(const Tensor& x, int64_t out, int32_t device_type, int32_t device_index) {
+  int64_t sizes[16];
+  const auto given = x.sizes();
+  STD_TORCH_CHECK(given.size() <= 16, "at most 16 dimensions");
+  std::copy(given.begin(), given.end(), sizes);
+  sizes[given.size() - 1] = out;
+  return empty_dense(sizes, static_cast<int64_t>(given.size()), x.scalar_type(), device_type,
+                     device_index);
+}
+
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
   const auto x = a.sizes(), y = b.sizes();
   return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());

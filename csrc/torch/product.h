@@ -17,13 +17,7 @@ inline void check_product(const Tensor& x, const Tensor& w, const std::optional<
 
 // A fresh contiguous CPU tensor [..., out] for x [..., in].
 inline Tensor empty_cpu_rows(const Tensor& x, int64_t out) {
-  int64_t sizes[16];
-  const auto given = x.sizes();
-  STD_TORCH_CHECK(given.size() <= 16, "at most 16 dimensions");
-  std::copy(given.begin(), given.end(), sizes);
-  sizes[given.size() - 1] = out;
-  return empty_dense(sizes, static_cast<int64_t>(given.size()), x.scalar_type(),
-                     aoti_torch_device_type_cpu(), 0);
+  return empty_rows(x, out, aoti_torch_device_type_cpu(), 0);
 }
 
 // A contiguous tensor with t's values: t itself, or a copy that is quick for a transposed matrix,

@@ -27,7 +27,12 @@ from fastlm.reference import QuantizedWeight
 _native = native(torch.float32, torch.bfloat16, torch.float16)
 
 
-def _unsupported(dtype: torch.dtype, *, packed: bool, group_size: int, int8: bool) -> Reasons:
+_FEW_ROWS = 16  # that the CUDA kernel takes
+
+
+def _unsupported(
+    dtype: torch.dtype, *, packed: bool, group_size: int, int8: bool, few: bool
+) -> Reasons:
     reasons = _native(dtype)
     if not packed:
         whole = group_size % 32 == 0
@@ -40,7 +45,7 @@ def _unsupported(dtype: torch.dtype, *, packed: bool, group_size: int, int8: boo
 
 
 def _triton_unsupported(
-    dtype: torch.dtype, *, packed: bool, group_size: int, int8: bool
+    dtype: torch.dtype, *, packed: bool, group_size: int, int8: bool, few: bool
 ) -> Reasons:
     reasons = _native(dtype)
     if packed:
@@ -52,7 +57,17 @@ def _triton_unsupported(
     return reasons
 
 
-register("quantized_linear", Backend("cpu", ("cpu",), _unsupported), triton(_triton_unsupported))
+def _cuda_unsupported(dtype: torch.dtype, *, few: bool, **facts: Any) -> Reasons:
+    reasons = _triton_unsupported(dtype, few=few, **facts)  # the same layout, the same groups
+    return reasons if few else [*reasons, f"takes at most {_FEW_ROWS} rows"]
+
+
+register(
+    "quantized_linear",
+    Backend("cuda", ("cuda",), _cuda_unsupported),
+    Backend("cpu", ("cpu",), _unsupported),
+    triton(_triton_unsupported),
+)
 
 
 def _fake(
@@ -193,9 +208,10 @@ def quantized_linear(
             x, bias = autocast(x, bias)
         int8 = _MODES[activations]
         values, scale, minimum, _, group_size, outputs = qweight
-        key = (x.is_cpu or x.device, x.dtype, outputs is not None, group_size, int8)
+        place = x.is_cpu or (x.device, x.numel() <= _FEW_ROWS * x.shape[-1])
+        key = (place, x.dtype, outputs is not None, group_size, int8)
         backend = _chosen.get(key) or _choose(key, x)
-        if backend == "triton":
+        if outputs is None and backend != "reference":  # a weight by rows
             _check(op, x, qweight, bias, activations)
             outputs = qweight.shape[0]
         if backend != "reference":  # the CPU's binding checks the shapes itself
@@ -215,7 +231,9 @@ _chosen = memory()
 
 
 def _choose(key: tuple[Any, ...], x: Tensor) -> str:
-    chosen = choose("quantized_linear", x, packed=key[2], group_size=key[3], int8=key[4])
+    few = key[0] is True or key[0][1]
+    facts = {"packed": key[2], "group_size": key[3], "int8": key[4], "few": few}
+    chosen = choose("quantized_linear", x, **facts)
     return remember(_chosen, key, chosen)
 
 

@@ -25,6 +25,9 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -160,6 +163,22 @@ inline float __shfl_sync(unsigned mask, float value, int lane) {
   const float other = emulator::block->exchange[self / 32 * 32 + static_cast<unsigned>(lane)];
   emulator::wait(warp, 32);
   return other;
+}
+
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned which = selector >> 4 * i & 7u;
+    out |= static_cast<unsigned>(bytes >> 8 * which & 255u) << 8 * i;
+  }
+  return out;
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 inline void __stwb(uint4* p, uint4 value) { *p = value; }
