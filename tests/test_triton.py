@@ -57,19 +57,6 @@ def test_is_listed_and_explained(monkeypatch):
     assert "triton    Triton is not installed" in fastlm.explain("rms_norm")
 
 
-class Driver:
-    """Stands for Triton's, with a device on which CPU tensors lie."""
-
-    def __init__(self):
-        self.launches = []
-
-    def get_current_device(self):
-        return -1
-
-    def get_current_stream(self, device):
-        return 7
-
-
 class Compiled:
     def __init__(self, launches):
         self.launches = launches
@@ -78,10 +65,18 @@ class Compiled:
         return lambda *args, stream: self.launches.append((grid, args, stream))
 
 
+def on_no_gpu(monkeypatch):
+    """The device and stream of CPU tensors, and a Triton of no known version."""
+    from fastlm.triton import _launch
+
+    monkeypatch.setattr(_launch, "_current_device", lambda: -1)
+    monkeypatch.setattr(_launch, "_current_stream", lambda device: 7)
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+
+
 @NEEDS_TRITON
 def test_compiled_kernels_are_kept_by_what_they_depend_on(monkeypatch):
     import triton.language as tl
-    from triton.runtime import driver
 
     from fastlm.triton._configs import Config
     from fastlm.triton._launch import Kernel
@@ -90,22 +85,22 @@ def test_compiled_kernels_are_kept_by_what_they_depend_on(monkeypatch):
         pass
 
     kernel = Kernel(add)
-    asked, here = [], Driver()
+    asked, launches = [], []
 
     def warmup(*args, **options):
         asked.append(options)
-        return Compiled(here.launches)
+        return Compiled(launches)
 
-    monkeypatch.setattr(type(driver), "active", here)
+    on_no_gpu(monkeypatch)
     monkeypatch.setattr(kernel.function, "warmup", warmup)
     x, grid, config = torch.zeros(64), (3, 1, 1), Config((64,), 2)
     call = {"BLOCK": 64, "FAST": True}
     for _ in range(3):
         kernel(grid, (x, None), (64,), config, **call)
     assert len(asked) == 1 and asked[0]["num_warps"] == 2
-    assert here.launches == [(grid, (x.data_ptr(), None, 64, 64, True), 7)] * 3
+    assert launches == [(grid, (x.data_ptr(), 0, 64, 64, True), 7)] * 3
     kernel((0, 1, 1), (x, None), (64,), config, **call)
-    assert len(here.launches) == 3, "an empty grid"
+    assert len(launches) == 3, "an empty grid"
     others = [
         ((x[1:], None), (64,), config, call),
         ((x, x), (64,), config, call),
@@ -122,3 +117,64 @@ def test_compiled_kernels_are_kept_by_what_they_depend_on(monkeypatch):
         assert len(asked) == number
     with pytest.raises(TypeError, match="add: constants must be BLOCK, FAST in this order"):
         kernel(grid, (x, None), (66,), config, FAST=True, BLOCK=64)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "profiled"])
+def test_the_short_way_to_the_launcher_hands_over_what_triton_would(monkeypatch, hooked):
+    """Triton's own launch of a kernel and ours, up to the function in C, which is replaced."""
+    from types import SimpleNamespace
+
+    from triton.backends.nvidia import driver as nvidia
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    from fastlm.triton import _launch
+
+    calls, seen = [], []
+    in_c = SimpleNamespace(launch=lambda *args: calls.append(args))
+    monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **kw: in_c, raising=False)
+    if hasattr(nvidia, "library_dirs"):
+        monkeypatch.setattr(nvidia, "library_dirs", list)
+    if hasattr(nvidia, "make_kernel_signature"):  # is in C
+        monkeypatch.setattr(nvidia, "make_kernel_signature", tuple)
+        monkeypatch.setattr(nvidia, "annotate_arguments", list)
+    active = SimpleNamespace(utils=in_c)
+    monkeypatch.setattr(type(driver), "active", active)
+    names = ["x", "y", "n", "BLOCK"]
+    types = ["*fp32", "constexpr", "i32", "constexpr"]
+    source = SimpleNamespace(
+        fn=SimpleNamespace(arg_names=names, launch_metadata=None),
+        signature=dict(zip(names, types, strict=True)),
+        constants={},
+    )
+    sizes = ("global_scratch_size", "profile_scratch_size")
+    metadata = SimpleNamespace(
+        **dict.fromkeys(sizes, 0),
+        global_scratch_align=1,
+        profile_scratch_align=1,
+        launch_cooperative_grid=False,
+        launch_pdl=True,
+    )
+    made = object.__new__(CompiledKernel)
+    made._run, made.module = nvidia.CudaLauncher(source, metadata), "loaded"
+    made.function, made.packed_metadata = 12345, (4, 1, 0)
+    made.src, made.name = source, "add"
+    if hooked:
+        monkeypatch.setattr(_launch, "_ENTER", [1])
+
+        def triton_s(kernel, grid):
+            return lambda *args, stream: seen.append(args)
+
+        monkeypatch.setattr(CompiledKernel, "__getitem__", triton_s)
+        _launch.launcher(made, (64, 128))((3, 1, 1), 7, [4096, 0])
+        assert seen == [(4096, 0, 64, 128)] and not calls, "a profiler sees Triton's own launch"
+        return
+    _launch.launcher(made, (64, 128))((3, 1, 1), 7, [4096, 0])
+    made[3, 1, 1](4096, 0, 64, 128, stream=7)
+
+    def plain(x):
+        return None if type(x).__name__ in ("HookChain", "LazyDict") else x
+
+    ours, theirs = ([plain(x) for x in call] for call in calls)
+    assert ours == theirs and 12345 in ours

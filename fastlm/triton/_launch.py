@@ -1,8 +1,8 @@
 """Kernels that are launched at little cost: compiled forms are kept by what they depend on.
 
 Triton binds, specialises and looks up every argument of every launch in Python (5 to 8 us). Here a
-launch like an earlier one is a single lookup: same device, types, alignment of the pointers, same
-numbers, same constants.
+launch like an earlier one is a single lookup (same device, types, alignment of the pointers, same
+numbers, same constants) and a call of Triton's launcher in C.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -26,7 +28,17 @@ INTERPRETED = settings.interpreted()
 _CALLABLE = hasattr(triton.compiler.CompiledKernel, "__getitem__") and not INTERPRETED
 _MOST = 4096  # kept launches of a kernel; numbers that change with every call would fill memory
 
+# what PyTorch built for a GPU has, without the Python around it
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda device: 0
+)
+# what a profiler hangs into launches
+_HOOKS = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
+_ENTER, _EXIT = (getattr(chain, "calls", ()) for chain in _HOOKS)
+
 Grid = tuple[int, int, int]
+Launcher = Callable[[Grid, int, list[int]], None]  # grid, stream, addresses of the tensors
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Kernel:
         self.name = function.__name__
         names = function.__annotations__
         self.constants = [name for name, kind in names.items() if "constexpr" in str(kind)]
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._kept: dict[tuple[Any, ...], Launcher] = {}
 
     def __call__(
         self,
@@ -70,24 +82,19 @@ class Kernel:
             return
         if _recorded is not None or not _CALLABLE:
             return self._plainly(grid, tensors, scalars, config, constants)
-        pointers = [t if t is None else t.data_ptr() for t in tensors]
-        bits = 0
-        for p in pointers:
-            if p:
-                bits |= p
-        aligned = bits & 15 == 0 or tuple([p is None or p & 15 for p in pointers])
+        # every launch comes through here: loops in C, None as the address 0
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        types = [None if t is None else t.dtype for t in tensors]
+        aligned = reduce(or_, pointers) & 15 == 0 or tuple([p & 15 for p in pointers])
         device = tensors[0].get_device()  # type: ignore[union-attr]
-        driver = triton.runtime.driver.active
-        if device != driver.get_current_device():
+        key = (device, aligned, scalars, config, *types, *constants.values())
+        if device != _current_device():
             with torch.cuda.device(device):
                 return self(grid, tensors, scalars, config, **constants)
-        types = [t if t is None else t.dtype for t in tensors]
-        key = (device, aligned, scalars, config, *types, *constants.values())
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._compile(key, tensors, scalars, config, constants)
-        stream = driver.get_current_stream(device)
-        compiled[grid](*pointers, *scalars, *constants.values(), stream=stream)
+        go = self._kept.get(key)
+        if go is None:
+            go = self._compile(key, tensors, scalars, config, constants)
+        go(grid, _current_stream(device), pointers)
 
     def _compile(
         self,
@@ -96,15 +103,16 @@ class Kernel:
         scalars: tuple[Any, ...],
         config: Config,
         constants: dict[str, Any],
-    ) -> Any:
+    ) -> Launcher:
         self._check(constants)
-        if len(self._compiled) >= _MOST:
-            self._compiled.clear()
+        if len(self._kept) >= _MOST:
+            self._kept.clear()
         options = {"num_warps": config.warps, "num_stages": config.stages}
         # Triton's own cache: one compilation for all numbers that are specialised alike
         made = self.function.warmup(*tensors, *scalars, grid=(1, 1, 1), **constants, **options)
-        self._compiled[key] = made
-        return made
+        go = launcher(made, (*scalars, *constants.values()))
+        self._kept[key] = go
+        return go
 
     def _plainly(
         self,
@@ -130,6 +138,48 @@ class Kernel:
                 f"{self.name}: constants must be {', '.join(self.constants)} in this order, "
                 f"got {', '.join(constants)}"
             )
+
+
+def launcher(compiled: Any, rest: tuple[Any, ...]) -> Launcher:
+    """A compiled kernel's launch with the arguments after the tensors bound, in few calls.
+
+    Triton's own way prepares metadata for hooks, though there be none, and asks for scratch memory.
+    For NVIDIA's launcher of Triton 3.6 and 3.7 without either, its C function is called; any other
+    one through `CompiledKernel[grid]`.
+    """
+
+    def slowly(grid: Grid, stream: int, pointers: list[int]) -> None:
+        compiled[grid](*pointers, *rest, stream=stream)
+
+    version = triton.__version__.split(".")[:2]
+    if torch.version.hip or version not in (["3", "6"], ["3", "7"]):
+        return slowly
+    run = compiled.run
+    if type(run).__name__ != "CudaLauncher" or run.global_scratch_size or run.profile_scratch_size:
+        return slowly
+    launch, function, packed = run.launch, compiled.function, compiled.packed_metadata
+    cooperative, dependent = run.launch_cooperative_grid, run.launch_pdl
+
+    old = version == ["3", "6"]
+    annotations, signature = (None, None) if old else (run.arg_annotations, run.kernel_signature)
+
+    def quickly(grid: Grid, stream: int, pointers: list[int]) -> None:
+        if _ENTER or _EXIT:
+            return slowly(grid, stream, pointers)
+        launch(
+            *grid, stream, function, cooperative, dependent, packed, None, None, None, None, None,
+            annotations, signature, (*pointers, *rest),
+        )  # fmt: skip
+
+    def quickly_36(grid: Grid, stream: int, pointers: list[int]) -> None:
+        if _ENTER or _EXIT:
+            return slowly(grid, stream, pointers)
+        launch(
+            *grid, stream, function, cooperative, dependent, None, None, packed, None, None, None,
+            *pointers, *rest,
+        )  # fmt: skip
+
+    return quickly_36 if old else quickly
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Kernel]:
