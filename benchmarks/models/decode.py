@@ -50,7 +50,7 @@ Turn = Callable[[int], list[float]]  # moments at which each of so many new toke
 
 def make(size: str, dtype: torch.dtype, **changes: Any) -> Decoder:
     """A decoder of random weights."""
-    config = Config(vocab=32000, **{**SIZES[size], **changes})
+    config = Config(**{"vocab": 32000, **SIZES.get(size, {}), **changes})
     uniform = torch.nn.init.uniform_
     with mock.patch("torch.nn.init.normal_", lambda w, std: uniform(w, -2 * std, 2 * std)):
         return Decoder(config).to(dtype).eval()

@@ -122,7 +122,7 @@ def save(
     config = families.write(model.config, dtype)
 
     def fill(directory: Path) -> None:
-        _write_weights(_exported(model, family), directory, max_shard_bytes)
+        _write_weights(exported(model, family), directory, max_shard_bytes)
         if companions and model.source is not None:
             _copy_companions(model.source, directory)
         write_json(directory / "config.json", config)
@@ -305,7 +305,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def _exported(model: Decoder, family: Family) -> dict[str, Tensor]:
+def exported(model: Decoder, family: Family) -> dict[str, Tensor]:
     """Hugging Face's name -> tensor, contiguous."""
     names = hf_names(family)
     out: dict[str, Tensor] = {}

@@ -56,8 +56,9 @@ def sample(
         TypeError: an argument that is no tensor of the kind asked for.
         RuntimeError: on the CPU kernel, a row that holds NaN or +inf, or nothing above -inf.
 
-    Exponentials and sums of 64 of them are fp32, sums of these fp64. The same input gives the same tokens for any number of
-    threads; a `uniform` within rounding of a boundary may give the neighbour elsewhere.
+    Exponentials and sums of 64 of them are fp32, sums of these fp64. The same input gives the same
+    tokens for any number of threads; a `uniform` within rounding of a boundary may give the
+    neighbour elsewhere.
     Source: Holtzman et al., arXiv:1904.09751 (top_p); Nguyen et al., arXiv:2407.01082 (min_p).
 
     >>> logits = torch.tensor([[0.0, 3.0, 2.0, -1.0]])
