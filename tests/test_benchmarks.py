@@ -182,3 +182,41 @@ def test_every_published_figure_comes_from_its_result_file(name):
 
 def test_results_are_plain_json(result_file):
     assert json.loads(result_file.read_text())["cases"][0]["id"].startswith("rms_norm/1x768/")
+
+
+@pytest.mark.parametrize("gpt2", [False, True])
+def test_a_training_step_is_checked_and_timed_beside_transformers(monkeypatch, gpt2):
+    pytest.importorskip("transformers")
+    from benchmarks.models import train
+
+    shape = {"hidden": 64, "layers": 2, "heads": 2, "max_positions": 64, "vocab": 96}
+    monkeypatch.setattr(train, "SIZES", {"tiny": {**(train.GPT2 if gpt2 else {}), **shape}})
+    for name, value in (("BATCH", 2), ("TOKENS", 16), ("PROMPT", 32), ("VOCAB", 96)):
+        monkeypatch.setattr(train, name, value)
+    wanted = ["ours", "patched", "transformers"]
+    step, forward = train.measure("tiny", "fp32", wanted, seconds=0.02, realtime=False)
+    assert step["task"] == "step 2x16" and forward["task"] == "forward 1x32"
+    for record in (step, forward):
+        assert set(record["times_us"]) == set(wanted)
+        assert set(record["ratios"]) == {"ours", "patched"}
+        assert set(record["ratios"]["ours"]) == {"transformers"}
+        assert "ours" in train.line(record)
+
+
+def test_fine_tuning_batches_hold_the_answers_alone():
+    from benchmarks.models import finetune
+    from fastlm.data.chat import Example
+
+    examples = [
+        Example("a", [5, 6, 7], [False, False, True]),
+        Example("b", [8, 9], [False, True]),
+    ]
+    batch = finetune.padded(examples)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7], [-100, 9, -100]]
+    rows = finetune.additions(3, seed=0)
+    assert rows == finetune.additions(3, seed=0) != finetune.additions(3, seed=1)
+    for _, row in rows:
+        a, b = row["messages"][0]["content"].removesuffix("?").split("is ")[1].split(" + ")
+        assert row["messages"][1]["content"] == str(int(a) + int(b))
