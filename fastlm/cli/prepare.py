@@ -69,7 +69,7 @@ def command(
     overwrite: bool,
     **options: Any,
 ) -> None:
-    r"""Read SOURCES (.txt, .jsonl, .zip, folders), clean, de-duplicate, split and tokenise them.
+    """Read SOURCES (.txt, .jsonl, .zip, folders), clean, de-duplicate, split and tokenise them.
 
     One document is a file, a line of JSON, or what stands between separators. What was dropped
     and why is in manifest.json of the new folder, which appears complete or not at all.

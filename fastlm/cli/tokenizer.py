@@ -62,12 +62,12 @@ def train(
     overwrite: bool,
     **options: Any,
 ) -> None:
-    r"""Learn a byte-level BPE from SOURCES (.txt, .jsonl, .zip, folders).
+    """Learn a byte-level BPE from SOURCES (.txt, .jsonl, .zip, folders).
 
     \b
     Example:
       fastlm tokenizer train shakespeare.txt --vocab-size 2048 --out ./tokenizer
-      fastlm tokenizer train web.jsonl -n 32000 --special '<|endoftext|>' --special '<|im_end|>' \
+      fastlm tokenizer train web.jsonl -n 32000 --special '<|endoftext|>' --special '<|im_end|>' \\
         --out ./tokenizer
     """
     from fastlm.data.tokenizer import train_bpe

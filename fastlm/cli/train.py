@@ -80,7 +80,7 @@ def settings(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--config", "file", type=click.Path(exists=True), help="Settings: .json or .toml.")
 @click.option("--init", type=click.Path(), help="Begin with this model: a folder or a run.")
 @click.option("--shape", help="Of a fresh model: a preset, fields, or both.  [default: tiny]")
-@click.option("--block", default=256, show_default=True, help="Tokens in a row.")
+@click.option("--block", type=int, help="Tokens in a row; 256, or as many as --init has positions.")
 @click.option("--batch", default=16, show_default=True, help="Rows in a micro-batch.")
 @click.option("--windows", is_flag=True, help="Random windows of the text, across documents.")
 @settings
@@ -127,6 +127,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         config = TrainConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
         if values["data"] is None:
             raise click.UsageError("DATA is missing: the folder that `fastlm prepare` wrote")
+        if values["block"] is None:
+            values["block"] = start.usual_block(values["init"])
         block, batch, seed = values["block"], values["batch"], config.seed
         source, validation = start.sources(
             values["data"], block, batch, seed, not values["windows"]

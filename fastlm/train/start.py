@@ -10,6 +10,7 @@ import torch
 
 from fastlm.data.packing import PackedDocuments
 from fastlm.data.shards import TokenDataset
+from fastlm.hf.weights import read_config
 from fastlm.models.config import Config
 from fastlm.models.decoder import Decoder
 from fastlm.train import shapes
@@ -27,6 +28,14 @@ def sources(
     # what is measured is the same for every block that fits
     short = min(block, max(1, len(texts[1].tokens) - len(texts[1])))
     return made, PackedDocuments(texts[1], short, batch, seed, boundaries, shuffle=False)
+
+
+def usual_block(init: str | None, most: int = 256) -> int:
+    """Tokens in a row where nobody says: `most`, or the positions of the model to begin with."""
+    folder = None if init is None else resolve(init)
+    if folder is None or not (folder / "config.json").is_file():
+        return most
+    return min(most, read_config(folder).max_positions)
 
 
 def model(

@@ -34,6 +34,25 @@ def test_every_command_helps_with_an_example(command):
     assert result.output.count("\n") > 5
 
 
+def every_command():
+    for name in COMMANDS:
+        command = main.get_command(None, name)
+        yield name, command
+        for part, sub in getattr(command, "commands", {}).items():
+            yield f"{name} {part}", sub
+
+
+@pytest.mark.parametrize(
+    "name, command", list(every_command()), ids=lambda x: x if type(x) is str else ""
+)
+def test_examples_stand_line_by_line(name, command):
+    """Click keeps the lines of a paragraph that a backspace begins; in a raw string it is none."""
+    assert "\b" in command.help and "\\b" not in command.help
+    shown = CliRunner().invoke(main, [*name.split(), "--help"]).output.splitlines()
+    examples = [line.strip() for line in shown if line.strip().startswith(f"fastlm {name} ")]
+    assert examples
+
+
 def test_unknown_command_is_refused():
     result = run("fly")
     assert result.exit_code == 2

@@ -72,7 +72,8 @@ def test_from_tokens_to_a_model(tokens, tmp_path):
     text = CliRunner().invoke(main, ["generate", str(run / "best"), "-p", "the cat ", "-n", "8"])
     assert text.exit_code == 0 and len(text.output) > 12
 
-    more = train(tokens, "--out", tmp_path / "more", "--init", run, *SMALL[2:], "--steps", 2,
+    # no --block: the run's 16, not 256
+    more = train(tokens, "--out", tmp_path / "more", "--init", run, *SMALL[4:], "--steps", 2,
                  "--lr", "1e-4")  # fmt: skip
     assert more.exit_code == 0, more.output
     assert records(tmp_path / "more")[1]["loss"] < losses[0] / 1.5
