@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import gpu_report, results_file
 from .machine import ROOT
+from .report_models import RENDERED, table
 
 # What README shows of the operators: the shapes the project promises.
 HEADLINES = (
@@ -36,6 +37,8 @@ def render(content: dict, *, headlines: bool = False) -> str:
         return _demo(content)
     if content.get("kind") == "gpu":
         return gpu_report.render(content)
+    if content.get("kind") in RENDERED:
+        return RENDERED[content["kind"]](content)
     return _ops(content, headlines)
 
 
@@ -63,8 +66,8 @@ def _ops(content: dict, headlines: bool) -> str:
         for dtype in dtypes:
             cells += _cells(by_dtype.get(dtype), peers, others)
         body.append(cells)
-    table = _table(header, body, left=3)
-    return "\n\n".join(part for part in (_origin(content), table, _notes(content)) if part)
+    grid = table(header, body, left=3)
+    return "\n\n".join(part for part in (_origin(content), grid, _notes(content)) if part)
 
 
 def _cells(case: dict | None, peers: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -117,7 +120,7 @@ def _demo(content: dict) -> str:
         f"{content['versions']['transformers']}, {settings['allocator']}, "
         f"{content['date'][:10]}, commit {content['commit']}."
     )
-    return f"{origin}\n\n{_table(['', 'dtype', *content['variants']], demo_rows(content), left=2)}"
+    return f"{origin}\n\n{table(['', 'dtype', *content['variants']], demo_rows(content), left=2)}"
 
 
 def demo_rows(content: dict) -> list[list[str]]:
@@ -143,11 +146,6 @@ def _number(value: float) -> str:
 
 def _duration(us: float) -> str:
     return f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.1f} µs"
-
-
-def _table(header: Sequence[str], body: Iterable[Sequence[str]], left: int) -> str:
-    rule = ["---" if column < left else "---:" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body))
 
 
 def insert(document: str, kind: str, block: str, source: str) -> str:
@@ -181,10 +179,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = args.file.resolve()
         if not source.is_relative_to(results_file.FOLDER):
             raise ValueError(f"{args.file}: only files under benchmarks/results can be published")
-        for name, headlines in DOCUMENTS.items():
+        kind = content.get("kind", "ops")
+        pages = [
+            name for name in DOCUMENTS if f"<!-- figures: {kind} " in (ROOT / name).read_text()
+        ]
+        if not pages:
+            raise ValueError(f"no page has a block of markers 'figures: {kind}'")
+        for name in pages:
             path = ROOT / name
-            block = render(content, headlines=headlines)
-            kind = content.get("kind", "ops")
+            block = render(content, headlines=DOCUMENTS[name])
             relative = source.relative_to(ROOT).as_posix()
             path.write_text(insert(path.read_text(), kind, block, relative))
             print(f"written: {path}")

@@ -156,6 +156,85 @@ def test_the_report_fills_marked_blocks_and_only_those():
         report.insert(page, "demo", "table", "x")
 
 
+MEASURED = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "commit": "abc",
+    "machine": {"cpu": "a cpu", "isa": None},
+    "versions": {"torch": "2.11"},
+    "settings": {"threads": 3, "rank": 8, "conversations": 4, "epochs": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "row"),
+    [
+        (
+            "decode",
+            {
+                "cases": [
+                    {
+                        "size": "15M",
+                        "weights": "int8",
+                        "tokens_per_second": {"ours": 1500.0, "llama.cpp": 1000.0},
+                        "gigabytes_per_second": {"ours": 20.0},
+                        "probe_gigabytes_per_second": 30.0,
+                    }
+                ]
+            },
+            "| 15M | int8 | 1,500 | 20.0 GB/s | **1.50x** |",
+        ),
+        (
+            "training",
+            {
+                "cases": [
+                    {
+                        "size": "15M",
+                        "dtype": "fp32",
+                        "task": "step 8x256",
+                        "times_us": {
+                            "ours": {"median": 2e6},
+                            "patched": {"median": 4e6},
+                            "transformers": {"median": 3e6},
+                        },
+                    }
+                ]
+            },
+            "| 15M | fp32 | step 8x256 | 2,000 ms | **1.50x** | 4,000 ms | **0.75x** |",
+        ),
+        (
+            "finetune",
+            {
+                "model": "m",
+                "variants": {
+                    "ours": {"seconds": 2.0, "held_out_loss_before": 3.0, "held_out_loss": 1.0},
+                    "peer": {"seconds": 5.0, "held_out_loss_before": 3.0, "held_out_loss": 1.5},
+                },
+            },
+            "| peer | 5.0 s | **2.50x** | 3.00 → 1.50 |",
+        ),
+        (
+            "scaling",
+            {
+                "curves": [
+                    {
+                        "name": "attention fwd",
+                        "axis": "tokens",
+                        "dtype": "fp32",
+                        "values": [1, 2, 4],
+                        "times_us": {"ours": [1.0, 2.0, None], "eager": [4.0, 2.0, 9.0]},
+                    }
+                ]
+            },
+            "| `attention fwd` | fp32 | tokens | 1: 4.00x, 2: 1.00x, 2: 1.00x | 2: 1.00x | 2.00x |",
+        ),
+    ],
+)
+def test_results_about_models_have_tables(kind, content, row):
+    text = report.render({"kind": kind, **MEASURED, **content})
+    assert row in text.splitlines()
+    assert "a cpu (no native kernels), 3 threads, torch 2.11, 2026-01-02, commit abc." in text
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "run.json"
     results_file.write(path, {"kind": "ops"})
