@@ -41,10 +41,10 @@ def explain(op_or_model: str | Callable[..., Any], *args: Any, **kwargs: Any) ->
         ValueError: an operator name that does not exist.
         TypeError: something that cannot be called.
 
-    >>> print(explain("rms_norm", torch.ones(2, 8, dtype=torch.float16)))
-    rms_norm on cpu, float16, weight=None: reference
+    >>> print(explain("rms_norm", torch.ones(2, 8, dtype=torch.float64)))
+    rms_norm on cpu, float64, weight=None: reference
       cuda      serves cuda tensors, not cpu
-      cpu       takes float32, bfloat16, not float16
+      cpu       takes float32, bfloat16, float16, not float64
       triton    serves cuda tensors, not cpu
     """
     called = bool(args or kwargs)

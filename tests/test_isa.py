@@ -101,7 +101,7 @@ def self_check(isa: str) -> None:
     """Runs in the forced process: the kernels of this set against float64."""
     assert _ext.native.cpu_isa() == isa
     torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for name, (call, baseline, shapes) in cases():
             try:
                 check(

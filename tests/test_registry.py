@@ -42,10 +42,10 @@ def test_every_backend_has_a_known_name():
 def test_chooses_the_first_that_can_run():
     with _registry.recording() as verdicts:
         ops.rms_norm(X)
-        ops.rms_norm(X.half())
+        ops.rms_norm(X.double())
     assert [v.chosen for v in verdicts] == ["cpu", "reference"]
     assert verdicts[0].idle == ["reference"]
-    assert verdicts[1].refused["cpu"] == ["takes float32, bfloat16, not float16"]
+    assert verdicts[1].refused["cpu"] == ["takes float32, bfloat16, float16, not float64"]
 
 
 @NATIVE
@@ -102,9 +102,9 @@ def test_explain_lists_an_operator():
 
 @NATIVE
 def test_explain_runs_what_it_is_given():
-    text = fastlm.explain(ops.rms_norm, X.half(), torch.ones(8))
-    assert text.splitlines()[0] == "rms_norm on cpu, float16, weight=float32: reference"
-    assert "takes float32, bfloat16, not float16" in text
+    text = fastlm.explain(ops.rms_norm, X.double(), torch.ones(8))
+    assert text.splitlines()[0] == "rms_norm on cpu, float64, weight=float32: reference"
+    assert "takes float32, bfloat16, float16, not float64" in text
     text = fastlm.explain(lambda x: ops.rms_norm(ops.rms_norm(x)), X)
     assert "rms_norm on cpu, float32, weight=None: cpu  (2 times)" in text
     assert fastlm.explain(torch.sin, X) == "no operator of fastlm was called"

@@ -76,20 +76,16 @@ void backward_rows(const ActivationBackward& a, int64_t row, int64_t row_end, in
   }
 
 void forward(const ActivationForward& a, int64_t row, int64_t row_end, int64_t begin, int64_t end) {
-  if (a.dtype == DType::kFloat32) {
-    DISPATCH_ACTIVATION(forward_rows, float, a, row, row_end, begin, end)
-  } else if (a.dtype == DType::kBFloat16) {
-    DISPATCH_ACTIVATION(forward_rows, bf16, a, row, row_end, begin, end)
-  }
+  with_type(a.dtype, [&]<class T>(const T*) {
+    DISPATCH_ACTIVATION(forward_rows, T, a, row, row_end, begin, end)
+  });
 }
 
 void backward(const ActivationBackward& a, int64_t row, int64_t row_end, int64_t begin,
               int64_t end) {
-  if (a.dtype == DType::kFloat32) {
-    DISPATCH_ACTIVATION(backward_rows, float, a, row, row_end, begin, end)
-  } else if (a.dtype == DType::kBFloat16) {
-    DISPATCH_ACTIVATION(backward_rows, bf16, a, row, row_end, begin, end)
-  }
+  with_type(a.dtype, [&]<class T>(const T*) {
+    DISPATCH_ACTIVATION(backward_rows, T, a, row, row_end, begin, end)
+  });
 }
 
 FASTLM_EXPORT(ActivationKernels, activation) = {forward, backward};

@@ -424,20 +424,6 @@ struct Scores {
   }
 };
 
-// Calls f with a null pointer to the element type.
-template <class F>
-inline auto with_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return f(static_cast<const bf16*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<const fp16*>(nullptr));
-    case DType::kFloat32:
-      break;
-  }
-  return f(static_cast<const float*>(nullptr));
-}
-
 // Hands out consecutive aligned pieces of a worker's memory; with a null base it only counts.
 struct Arena {
   float* base;

@@ -17,7 +17,10 @@ constexpr int64_t kBlock = 4096;
 
 // e^(z - largest) for logits of type T.
 inline VecF falling(const float*, VecF x) { return vexp_falling<6>(x); }
-inline VecF falling(const bf16*, VecF x) { return vexp_falling<5>(x); }
+template <class Half>
+inline VecF falling(const Half*, VecF x) {
+  return vexp_falling<5>(x);
+}
 
 // What becomes of a logit before the softmax: nothing, or z = cap tanh(x / cap).
 struct Plain {
@@ -212,8 +215,7 @@ void rows_as(const CrossEntropy& a, float* scratch, int64_t begin, int64_t end) 
 }
 
 void rows(const CrossEntropy& a, float* scratch, int64_t begin, int64_t end) {
-  if (a.dtype == DType::kFloat32) return rows_as<float>(a, scratch, begin, end);
-  if (a.dtype == DType::kBFloat16) return rows_as<bf16>(a, scratch, begin, end);
+  with_type(a.dtype, [&]<class T>(const T*) { rows_as<T>(a, scratch, begin, end); });
 }
 
 FASTLM_EXPORT(CrossEntropyKernels, cross_entropy) = {rows};

@@ -456,27 +456,12 @@ void combine_rows(const DecodeAttentionArgs& a, int64_t begin, int64_t end) {
 
 void attend(const DecodeAttentionArgs& a, int64_t begin, int64_t end) {
   const bool bytes = a.k_scale.data != nullptr;
-  switch (a.dtype) {
-    case DType::kFloat32:
-      return bytes ? attend_tasks<float, int8_t>(a, begin, end)
-                   : attend_tasks<float, float>(a, begin, end);
-    case DType::kBFloat16:
-      return bytes ? attend_tasks<bf16, int8_t>(a, begin, end)
-                   : attend_tasks<bf16, bf16>(a, begin, end);
-    case DType::kFloat16:
-      return bytes ? attend_tasks<fp16, int8_t>(a, begin, end)
-                   : attend_tasks<fp16, fp16>(a, begin, end);
-  }
+  with_type(a.dtype, [&]<class T>(const T*) {
+    return bytes ? attend_tasks<T, int8_t>(a, begin, end) : attend_tasks<T, T>(a, begin, end);
+  });
 }
 void combine(const DecodeAttentionArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::kFloat32:
-      return combine_rows<float>(a, begin, end);
-    case DType::kBFloat16:
-      return combine_rows<bf16>(a, begin, end);
-    case DType::kFloat16:
-      return combine_rows<fp16>(a, begin, end);
-  }
+  with_type(a.dtype, [&]<class T>(const T*) { combine_rows<T>(a, begin, end); });
 }
 
 FASTLM_EXPORT(DecodeAttentionKernels, decode_attention) = {attend, combine};

@@ -194,24 +194,27 @@ void backward_rows(const NormBackward& a, int64_t begin, int64_t end) {
   if (a.past_cache) stream_end();
 }
 
-// Both directions for the argument's element types; weight and bias are fp32 or like x.
+// Calls f for the argument's element types; weight and bias are fp32 or like x.
+template <class Args, class F>
+inline void with_types(const Args& a, F&& f) {
+  with_type(a.dtype, [&]<class T>(const T* x) {
+    if (a.weight_dtype == DType::kFloat32) {
+      f(x, static_cast<const float*>(nullptr));
+    } else {
+      f(x, x);
+    }
+  });
+}
+
 template <bool kCentred>
 void norm_forward(const NormForward& a, int64_t begin, int64_t end) {
-  if (a.dtype == DType::kFloat32) {
-    forward_rows<kCentred, float, float>(a, begin, end);
-  } else if (a.weight_dtype == DType::kFloat32) {
-    forward_rows<kCentred, bf16, float>(a, begin, end);
-  } else {
-    forward_rows<kCentred, bf16, bf16>(a, begin, end);
-  }
+  with_types(a, [&]<class T, class W>(const T*, const W*) {
+    forward_rows<kCentred, T, W>(a, begin, end);
+  });
 }
 template <bool kCentred>
 void norm_backward(const NormBackward& a, int64_t begin, int64_t end) {
-  if (a.dtype == DType::kFloat32) {
-    backward_rows<kCentred, float, float>(a, begin, end);
-  } else if (a.weight_dtype == DType::kFloat32) {
-    backward_rows<kCentred, bf16, float>(a, begin, end);
-  } else {
-    backward_rows<kCentred, bf16, bf16>(a, begin, end);
-  }
+  with_types(a, [&]<class T, class W>(const T*, const W*) {
+    backward_rows<kCentred, T, W>(a, begin, end);
+  });
 }

@@ -53,13 +53,13 @@ void rotate_tiles(const RopeArgs& a, int64_t begin, int64_t end) {
 }
 
 void rotate(const RopeArgs& a, int64_t begin, int64_t end) {
-  if (a.dtype == DType::kFloat32) {
-    rotate_tiles<float, float>(a, begin, end);
-  } else if (a.table_dtype == DType::kFloat32) {
-    rotate_tiles<bf16, float>(a, begin, end);
-  } else {
-    rotate_tiles<bf16, bf16>(a, begin, end);
-  }
+  with_type(a.dtype, [&]<class T>(const T*) {
+    if (a.table_dtype == DType::kFloat32) {
+      rotate_tiles<T, float>(a, begin, end);
+    } else {
+      rotate_tiles<T, T>(a, begin, end);
+    }
+  });
 }
 
 FASTLM_EXPORT(RopeKernels, rope) = {rotate};

@@ -247,15 +247,7 @@ bool sample_row(const Sample& a, int64_t row, float* memory) {
 }
 
 bool forward(const Sample& a, int64_t row, float* memory) {
-  switch (a.dtype) {
-    case DType::kFloat32:
-      return sample_row<float>(a, row, memory);
-    case DType::kBFloat16:
-      return sample_row<bf16>(a, row, memory);
-    case DType::kFloat16:
-      return sample_row<fp16>(a, row, memory);
-  }
-  return false;
+  return with_type(a.dtype, [&]<class T>(const T*) { return sample_row<T>(a, row, memory); });
 }
 
 FASTLM_EXPORT(SampleKernels, sample) = {scratch, forward};

@@ -61,18 +61,16 @@ inline void store(float* p, VecF v) { _mm256_storeu_ps(p, v); }
 inline void store(float* p, VecF v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 inline void store(bf16* p, VecF v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
 inline void store(bf16* p, VecF v, int n) { store_halves(p, narrow(v), n); }
-inline void store(fp16* p, VecF v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
-inline void store(fp16* p, VecF v, int n) {
-  store_halves(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), n);
-}
+inline __m128i halve(VecF v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+inline void store(fp16* p, VecF v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halve(v)); }
+inline void store(fp16* p, VecF v, int n) { store_halves(p, halve(v), n); }
 inline void store_two(bf16* p, VecF a, VecF b) {
   store(p, a);
   store(p + kLanes, b);
 }
 inline void stream(float* p, VecF v) { _mm256_stream_ps(p, v); }
 inline void stream(bf16* p, VecF v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
+inline void stream(fp16* p, VecF v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), halve(v)); }
 inline void stream_end() { _mm_sfence(); }
 
 inline VecF fma(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }

@@ -53,12 +53,9 @@ inline void store(bf16* p, VecF v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
 }
 inline void store(bf16* p, VecF v, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }
-inline void store(fp16* p, VecF v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
-inline void store(fp16* p, VecF v, int n) {
-  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
+inline __m256i halve(VecF v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+inline void store(fp16* p, VecF v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halve(v)); }
+inline void store(fp16* p, VecF v, int n) { _mm256_mask_storeu_epi16(p, first(n), halve(v)); }
 inline void store_two(bf16* p, VecF a, VecF b) {
 #if defined(__AVX512BF16__)
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
@@ -70,6 +67,9 @@ inline void store_two(bf16* p, VecF a, VecF b) {
 inline void stream(float* p, VecF v) { _mm512_stream_ps(p, v); }
 inline void stream(bf16* p, VecF v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v));
+}
+inline void stream(fp16* p, VecF v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), halve(v));
 }
 inline void stream_end() { _mm_sfence(); }
 

@@ -4,6 +4,9 @@ typedef float VecF __attribute__((vector_size(16)));
 typedef int32_t Mask __attribute__((vector_size(16)));  // all ones or all zeros per lane
 typedef uint32_t VecU __attribute__((vector_size(16)));
 typedef uint16_t VecW __attribute__((vector_size(8)));
+#if defined(__ARM_FP16_FORMAT_IEEE)
+typedef __fp16 VecHalf __attribute__((vector_size(8)));
+#endif
 typedef uint32_t VecH __attribute__((vector_size(16)));  // a bf16 pair per lane
 
 inline VecF zero() { return VecF{}; }
@@ -21,8 +24,20 @@ inline VecF load(const bf16* p) {
   memcpy(&half, p, sizeof half);
   return as_float(__builtin_convertvector(half, VecU) << 16);
 }
-inline VecF load(const fp16* p) {
-  return VecF{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+inline VecF load(const fp16* p) {  // exact, denormals included; by hand where no processor may help
+#if defined(__ARM_FP16_FORMAT_IEEE)
+  VecHalf half;
+  memcpy(&half, p, sizeof half);
+  return __builtin_convertvector(half, VecF);
+#else
+  VecW half;
+  memcpy(&half, p, sizeof half);
+  const VecU words = __builtin_convertvector(half, VecU), size = words & 0x7fffu;
+  const VecU normal = (size << 13) + 0x38000000u, endless = size << 13 | 0x7f800000u;
+  const VecF tiny = __builtin_convertvector(reinterpret_cast<Mask>(size), VecF) * 0x1p-24f;
+  VecU bits = size < 0x400u ? as_bits(tiny) : size < 0x7c00u ? normal : endless;
+  return as_float(bits | (words & 0x8000u) << 16);
+#endif
 }
 inline VecF load(const int8_t* p) {
   return VecF{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
@@ -45,7 +60,19 @@ inline void store(bf16* p, VecF v) {
   memcpy(p, &half, sizeof half);
 }
 inline void store(fp16* p, VecF v) {
-  for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+#if defined(__ARM_FP16_FORMAT_IEEE)
+  const VecHalf half = __builtin_convertvector(v, VecHalf);
+#else
+  const VecU bits = as_bits(v), size = bits & 0x7fffffffu;
+  const VecU normal = (size + 0xfffu + (size >> 13 & 1u) - 0x38000000u) >> 13;
+  // adding 1/2 lines the last bit of a denormal up with the float's
+  const VecU tiny = as_bits(as_float(size) + 0.5f) - 0x3f000000u;
+  const VecU infinite = VecU{} + 0x7c00u, nan = VecU{} + 0x7e00u;
+  const VecU large = size > 0x7f800000u ? nan : infinite;
+  const VecU words = size < 0x38800000u ? tiny : size < 0x477ff000u ? normal : large;
+  const VecW half = __builtin_convertvector(words | (bits >> 16 & 0x8000u), VecW);
+#endif
+  memcpy(p, &half, sizeof half);
 }
 template <class T>
 inline void store(T* p, VecF v, int n) {

@@ -32,6 +32,7 @@ namespace FASTLM_ISA {
 namespace {
 #include "cpu/simd.h"
 #include "cpu/math.h"
+#include "cpu/element_type.h"
 #include FASTLM_PATH(cpu, FASTLM_STEM)
 }  // namespace
 }  // namespace FASTLM_ISA

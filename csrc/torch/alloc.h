@@ -37,6 +37,19 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
+// Calls f with a pointer to t's elements.
+template <class F>
+void with_element(const Tensor& t, F&& f) {
+  switch (dtype_of(t)) {
+    case DType::kFloat32:
+      return f(static_cast<float*>(t.mutable_data_ptr()));
+    case DType::kBFloat16:
+      return f(static_cast<bf16*>(t.mutable_data_ptr()));
+    case DType::kFloat16:
+      return f(static_cast<fp16*>(t.mutable_data_ptr()));
+  }
+}
+
 // Fresh memory is mapped page by page at first touch, which for large outputs costs more than the
 // kernel; asking for 2 MiB pages makes that twice to four times as fast. Advice only: where the
 // system has no such pages nothing changes.
@@ -153,13 +166,9 @@ inline Tensor sum_blocks(const Tensor& partial, ScalarType dtype) {
       for (int64_t i = 0; i < cols; ++i) sum[i] += other[i];
     }
   }
-  if (dtype == ScalarType::Float) {
-    std::copy(rows, rows + cols, static_cast<float*>(out.mutable_data_ptr()));
-  } else {
-    STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "expected float32 or bfloat16");
-    uint16_t* bits = static_cast<uint16_t*>(out.mutable_data_ptr());
-    std::transform(rows, rows + cols, bits, bf16_bits);
-  }
+  with_element(out, [&](auto* to) {
+    for (int64_t i = 0; i < cols; ++i) from_float(rows[i], to + i);
+  });
   return out;
 }
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from fastlm.ops import _checks
 from fastlm.ops._registry import Unsupported, native
 
-_NATIVE = native(torch.float32, torch.bfloat16)
-_TRITON = native(torch.float32, torch.bfloat16, torch.float16)
+_TYPES = native(torch.float32, torch.bfloat16, torch.float16)
+_CUDA = native(torch.float32, torch.bfloat16)
 
 
 def unsupported(
@@ -17,9 +17,9 @@ def unsupported(
     *,
     weight: torch.dtype | None,
     bias: torch.dtype | None = None,
-    types: Unsupported = _NATIVE,
+    types: Unsupported = _TYPES,
 ) -> list[str]:
-    """Why the native kernels cannot take these element types."""
+    """Why a CPU or Triton kernel cannot take these element types."""
     reasons = types(dtype)
     for name, other in (("weight", weight), ("bias", bias)):
         if not reasons and other not in (None, dtype, torch.float32):
@@ -29,9 +29,9 @@ def unsupported(
     return reasons
 
 
-def triton_unsupported(dtype: torch.dtype, **facts: torch.dtype | None) -> list[str]:
-    """Why the Triton kernels cannot: they take fp16 too."""
-    return unsupported(dtype, **facts, types=_TRITON)
+def cuda_unsupported(dtype: torch.dtype, **facts: torch.dtype | None) -> list[str]:
+    """Why a CUDA kernel cannot: they have no fp16."""
+    return unsupported(dtype, **facts, types=_CUDA)
 
 
 def check(op: str, x: Tensor, residual: Tensor | None, **vectors: Tensor | None) -> None:

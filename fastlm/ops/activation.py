@@ -19,7 +19,7 @@ KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 register(
     "activation",
     Backend("cuda", ("cuda",), native(torch.float32, torch.bfloat16)),
-    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)),
+    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16, torch.float16)),
     triton(native(torch.float32, torch.bfloat16, torch.float16)),
 )
 

@@ -24,7 +24,7 @@ ONE = torch.ones((), device="cpu")
 register(
     "cross_entropy",
     Backend("cuda", ("cuda",), native(torch.float32, torch.bfloat16)),
-    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)),
+    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16, torch.float16)),
     triton(native(torch.float32, torch.bfloat16)),
 )
 
@@ -64,14 +64,22 @@ class _Reduced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, backend: str, args: tuple[Any, ...]) -> Tensor:
-        loss, gradient = _CROSS_ENTROPY[backend](logits, *args, True)
-        ctx.save_for_backward(gradient)
         ctx.backend = backend
-        return loss
+        if logits.dtype != torch.float16:
+            loss, gradient = _CROSS_ENTROPY[backend](logits, *args, True)
+            ctx.save_for_backward(gradient)
+            return loss
+        args, loss_unit, unit = raised(args)
+        loss, gradient = _CROSS_ENTROPY[backend](logits, *args, True)
+        ctx.save_for_backward(gradient, unit)
+        return loss * loss_unit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *scaled(grad, *ctx.saved_tensors, backend=ctx.backend), None, None
+        gradient, *unit = ctx.saved_tensors
+        if unit:
+            grad = grad * unit[0]
+        return *scaled(grad, gradient, backend=ctx.backend), None, None
 
 
 class _PerToken(torch.autograd.Function):
@@ -98,6 +106,37 @@ def per_token(grad: Tensor, token_weight: Tensor | None) -> Tensor:
     return grad.contiguous() if token_weight is None else token_weight.reshape(-1) * grad
 
 
+def raised(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor, Tensor]:
+    """Arguments whose gradients fp16 can hold; what loss and gradients are then multiplied with.
+
+    Gradients come with the loss, before the scale that fp16 losses are given is known, and a
+    logit's share of a mean over many tokens is below the smallest fp16. So the tokens are weighted
+    by the power of two that takes the largest gradient to the upper end of fp16: multiplying by a
+    power of two rounds nothing.
+    """
+    target, weight, token_weight, *others, reduction = args
+    if target.numel() == 0:
+        return args, ONE, ONE
+    tokens = token_weight
+    if tokens is None:
+        tokens = torch.ones(target.shape, dtype=torch.float32, device=target.device)
+    ignore_index, _, z_loss, softcap = others
+    count = torch.ones_like(ONE)
+    if reduction == MEAN:
+        counted = torch.where(target == ignore_index, 0.0, tokens.double())
+        if weight is not None:
+            counted = counted * weight[target.clamp(0, len(weight) - 1)]
+        count = counted.sum()
+    share = tokens / torch.where(count == 0, 1.0, count).float()
+    # a logit's slope is at most 2 w (1 + z_loss |lse|), and |lse| the largest logit and log V
+    largest = share.abs().amax() * (2.0 + 2.0 * z_loss * (min(softcap or 65504.0, 65504.0) + 32.0))
+    if weight is not None:
+        largest = largest * weight.abs().amax()
+    unit = (largest.clamp(2.0**-60) / 32768.0).log2().ceil().exp2()
+    none = torch.where(count == 0, torch.nan, unit)  # the mean of no loss
+    return (target, weight, share / unit, *others, SUM), none, unit
+
+
 def scaled(factor: Tensor, *gradients: Tensor, backend: str = "cpu") -> tuple[Tensor, ...]:
     """Gradients made beforehand, times the gradient of the loss, inside a backward function.
 
@@ -105,17 +144,17 @@ def scaled(factor: Tensor, *gradients: Tensor, backend: str = "cpu") -> tuple[Te
     are handed out as they are, or scaled where they lie.
     """
     if is_dynamo_compiling():
-        return tuple(g * factor for g in gradients)
+        return tuple(_times(g, factor) for g in gradients)
     if is_grad_enabled():
         return once(factor, *gradients)
     if _keeps_graph():
-        return tuple(g * factor for g in gradients)
+        return tuple(_times(g, factor) for g in gradients)
     if backend == "triton" or (backend == "cuda" and not _ext.triton_error()):
         # looks at the factor where it lies
         scale_ = importlib.import_module("fastlm.triton.cross_entropy").scale_
         return tuple(scale_(g, factor) for g in gradients)
     if not factor.is_cpu:
-        return tuple(g * factor for g in gradients)
+        return tuple(_times(g, factor) for g in gradients)
     number = factor.item()
     return gradients if number == 1.0 else tuple(g.mul_(number) for g in gradients)
 
@@ -131,7 +170,13 @@ def once(factor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
 
 @once_differentiable
 def _once(ctx: None, factor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-    return tuple(g * factor for g in gradients)
+    return tuple(_times(g, factor) for g in gradients)
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    if gradient.dtype != torch.float16:
+        return gradient * factor
+    return (gradient.float() * factor).to(gradient.dtype)  # a factor may be too small for fp16
 
 
 # True where PyTorch does not tell

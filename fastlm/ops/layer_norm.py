@@ -10,14 +10,14 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops._library import by_backend, define, direct, needs_grad
-from fastlm.ops._norm import check, empty_like, empty_vector, triton_unsupported, unsupported
+from fastlm.ops._norm import check, cuda_unsupported, empty_like, empty_vector, unsupported
 from fastlm.ops._registry import Backend, choose, memory, register, remember, triton
 
 register(
     "layer_norm",
-    Backend("cuda", ("cuda",), unsupported),
+    Backend("cuda", ("cuda",), cuda_unsupported),
     Backend("cpu", ("cpu",), unsupported),
-    triton(triton_unsupported),
+    triton(unsupported),
 )
 
 _forward = define(

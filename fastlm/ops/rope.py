@@ -12,8 +12,8 @@ from fastlm.ops import _checks
 from fastlm.ops._library import by_backend, define, needs_grad
 from fastlm.ops._registry import Backend, Unsupported, choose, native, register, triton
 
-_NATIVE = native(torch.float32, torch.bfloat16)
-_TRITON = native(torch.float32, torch.bfloat16, torch.float16)
+_TYPES = native(torch.float32, torch.bfloat16, torch.float16)
+_CUDA = native(torch.float32, torch.bfloat16)
 _MAX_ROTARY = 8192
 
 
@@ -23,7 +23,7 @@ def _unsupported(
     tables: torch.dtype,
     rotary: int,
     table_grad: bool,
-    types: Unsupported = _NATIVE,
+    types: Unsupported = _TYPES,
 ) -> list[str]:
     reasons = types(dtype)
     if rotary > _MAX_ROTARY:
@@ -35,9 +35,9 @@ def _unsupported(
 
 register(
     "rope",
-    Backend("cuda", ("cuda",), _unsupported),
+    Backend("cuda", ("cuda",), lambda dtype, **facts: _unsupported(dtype, **facts, types=_CUDA)),
     Backend("cpu", ("cpu",), _unsupported),
-    triton(lambda dtype, **facts: _unsupported(dtype, **facts, types=_TRITON)),
+    triton(_unsupported),
 )
 
 

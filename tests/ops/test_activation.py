@@ -10,7 +10,7 @@ from fastlm.ops.activation import KINDS
 from fastlm.testing import check
 
 SHAPES = [(7, 40, 333)]  # many elements, so that luck evens out; small ones: test_tails
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = ["plain", "gated", "chunked", "packed"]
 
 

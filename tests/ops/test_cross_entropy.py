@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastlm import ops, reference
 from fastlm.testing import check
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
     "plain": {},
     "sum": {"reduction": "sum"},

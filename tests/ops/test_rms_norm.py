@@ -10,7 +10,7 @@ from fastlm import ops, reference
 from fastlm.testing import check
 
 SHAPES = [(1, 1), (2, 1), (1, 3), (3, 63), (2, 5, 64), (7, 130), (1, 768), (100, 768), (1, 4099)]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def baseline(x, weight, residual=None, offset=0.0):

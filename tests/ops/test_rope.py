@@ -8,7 +8,7 @@ import torch
 from fastlm import ops, reference
 from fastlm.testing import check
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # head size, width of the tables, rotary_dim
 WIDTHS = [(64, 64, None), (64, 32, None), (80, 32, None), (80, 16, 32), (10, 5, None), (6, 6, 6)]
 
