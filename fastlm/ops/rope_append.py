@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from fastlm import reference
 from fastlm.ops import _checks
 from fastlm.ops._library import by_backend, define, direct, needs_grad
-from fastlm.ops._registry import Backend, choose, native, register
+from fastlm.ops._registry import Backend, choose, native, register, triton
 from fastlm.ops.decode_attention import _integers
 from fastlm.ops.rope import _empty_in_order, check_width
 
@@ -26,7 +26,7 @@ def _unsupported(dtype: torch.dtype, *, head: int) -> list[str]:
     return reasons
 
 
-register(_OP, Backend("cpu", ("cpu",), _unsupported))
+register(_OP, Backend("cpu", ("cpu",), _unsupported), triton(_unsupported))
 
 
 def _fake(
