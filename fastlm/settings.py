@@ -7,6 +7,8 @@ FASTLM_BACKEND     Forces one implementation for every operator: ``cpu``, ``cuda
                    decode plan of ``Decoder.generate``.
 FASTLM_CPU_ISA     Forces one CPU instruction set: ``baseline``, ``avx2``, ``avx512`` or
                    ``avx512bf16``. An unknown or unsupported one raises.
+FASTLM_GRAPHS      ``0``: ``Decoder.generate`` launches the kernels of a step one by one on a
+                   GPU, instead of as one CUDA graph.
 FASTLM_MALLOC      ``keep`` tells glibc to keep freed memory (`fastlm.keep_freed_memory`).
 FASTLM_QUIET       ``1`` silences the one warning given when no native kernels are present.
 TRITON_INTERPRET   Triton's own: ``1`` runs its kernels in Python, slowly. The backend
@@ -39,6 +41,14 @@ def keep_memory() -> bool:
     if word not in (None, "keep"):
         raise ValueError(f"FASTLM_MALLOC: expected keep, got {word!r}")
     return word == "keep"
+
+
+def no_graphs() -> bool:
+    """Whether FASTLM_GRAPHS turns the CUDA graphs of decoding off; a third word raises."""
+    word = os.environ.get("FASTLM_GRAPHS") or "1"
+    if word not in ("0", "1"):
+        raise ValueError(f"FASTLM_GRAPHS: expected 0 or 1, got {word!r}")
+    return word == "0"
 
 
 def quiet() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,7 @@ class KVCache:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
         self._rows: Tensor | None = None  # where the new tokens go, when lengths differ
+        self.steps: dict[Any, Any] = {}  # what `fastlm.models.graph` has bound to these tensors
 
     @property
     def batch(self) -> int:
@@ -105,6 +108,12 @@ class KVCache:
             self.lengths += tokens
         self.length += tokens
 
+    @torch.inference_mode(False)
+    def stand_at(self, length: int, lengths: Tensor | None) -> None:
+        """Says how many tokens were put into it elsewhere: of all, or [B] of each sequence."""
+        self.length = length
+        self.lengths = None if lengths is None else lengths.clone()
+
     def crop(self, length: int) -> None:
         """Forgets all tokens from position `length` on."""
         if self.lengths is not None:
@@ -117,6 +126,7 @@ class KVCache:
 
     @torch.inference_mode(False)
     def _grow(self, capacity: int) -> None:
+        self.steps.clear()
         for stored in (self.keys, self.values):
             for i, old in enumerate(stored):
                 batch, heads, _, size = old.shape

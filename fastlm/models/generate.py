@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastlm.models import sampling
+from fastlm.models import graph, sampling
 from fastlm.models.cache import KVCache
 from fastlm.models.plan import NextLogits
 
@@ -119,8 +119,10 @@ def stream(
     _check_tokens(padded, model.config.vocab)
     if drafter is not None and len(padded) != 1:
         raise ValueError(f"generate: a drafter takes one prompt, got {len(padded)}")
+    own = cache is None and drafter is None
     if cache is None:
-        cache = model.new_cache(len(padded), padded.shape[1] + max_new_tokens)
+        size = len(padded), padded.shape[1] + max_new_tokens
+        cache = graph.borrow(model, *size) if own else model.new_cache(*size)
     room = model.config.max_positions - cache.length - padded.shape[1]
     if room < 0:
         raise ValueError(
@@ -142,6 +144,7 @@ def stream(
         frozenset(ends),
         until,
         _is_batch(tokens),
+        own,
     )
     if drafter is None:
         return _steps(run)
@@ -163,6 +166,7 @@ class Run:
     ends: frozenset[int]
     until: Until | None
     batch: bool
+    own: bool = False  # whether the cache is the generation's own
 
     def first(self) -> Tensor:
         """Reads the prompts; [B], the tokens after them."""
@@ -183,32 +187,46 @@ def _steps(run: Run) -> Iterator[Any]:
     if run.count <= 0 or not len(run.tokens):
         return
     ended = [False] * len(run.tokens)
-    following = NextLogits(run.model, run.cache)
-    sampler = run.sampler
     # inference mode is left before each yield: the caller's code must not run in it
     with torch.inference_mode():
-        chosen = run.first()
-    for step in range(run.count):
-        if step:
+        graphs = graph.chosen(run.model, run.cache)
+        source = graph.Ahead(run) if graphs else _OneByOne(run)
+    try:
+        for step in range(run.count):
             with torch.inference_mode():
-                if sampler.takes_the_largest:
-                    chosen = following.best(chosen, sampler.limit)
-                else:
-                    chosen = sampler.choose(following(chosen))
-        if not run.batch:
-            token = int(chosen)
-            over = run.ended(0, token)
-            yield token
-            if over:
+                found = source.token(step)
+            if not run.batch:
+                over = run.ended(0, found[0])
+                yield found[0]
+                if over:
+                    return
+                continue
+            values = [None if over else value for value, over in zip(found, ended, strict=True)]
+            ended = [value is None or run.ended(row, value) for row, value in enumerate(values)]
+            yield values
+            if all(ended):
                 return
-            continue
-        values = [
-            None if over else value for value, over in zip(chosen.tolist(), ended, strict=True)
-        ]
-        ended = [value is None or run.ended(row, value) for row, value in enumerate(values)]
-        yield values
-        if all(ended):
-            return
+    finally:
+        if graphs and run.own:
+            graph.give_back(run.model, run.cache)
+
+
+class _OneByOne:
+    """The tokens of a generation, each step made when its token is asked for."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._following = run, NextLogits(run.model, run.cache)
+        self._chosen = run.first()
+
+    def token(self, step: int) -> list[int]:
+        """[B], the tokens of a step; steps are asked for one after the other."""
+        sampler = self._run.sampler
+        if step and sampler.takes_the_largest:
+            self._chosen = self._following.best(self._chosen, sampler.limit)
+        elif step:
+            self._chosen = sampler.choose(self._following(self._chosen))
+        values: list[int] = self._chosen.tolist()
+        return values
 
 
 def _is_batch(tokens: Prompt) -> bool:

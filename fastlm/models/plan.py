@@ -58,21 +58,26 @@ def unsupported(model: Decoder, cache: KVCache) -> list[str]:
     if torch.is_autocast_enabled("cpu"):
         return ["autocast is on"]
     config = model.config
-    reasons = [
-        f"does not know the config's {field.name}"
-        for field in fields(Config)
-        if field.name not in _KNOWN and getattr(config, field.name) != field.default
-    ]
+    reasons = unknown_fields(config)
     if not 1 <= cache.batch <= MAX_BATCH:
         reasons.append(f"takes up to {MAX_BATCH} sequences, not {cache.batch}")
     assert config.head_dim is not None  # set by Config
     if config.head_dim > MAX_HEAD:
         reasons.append(f"takes heads of up to {MAX_HEAD}, not {config.head_dim}")
-    if not all(_is_known(module) for module in model.modules()):
+    if not all(is_known(module) for module in model.modules()):
         reasons.append("a module was replaced or has hooks")
     if reasons:
         return reasons
     return _unfit_weights(model) or _unfit_integers(model) or _unfit_cache(model, cache)
+
+
+def unknown_fields(config: Config) -> list[str]:
+    """What a config asks for that was not there when the plan was written."""
+    return [
+        f"does not know the config's {field.name}"
+        for field in fields(Config)
+        if field.name not in _KNOWN and getattr(config, field.name) != field.default
+    ]
 
 
 def _unfit_weights(model: Decoder) -> list[str]:
@@ -320,7 +325,8 @@ class NextLogits:
         return self._plan
 
 
-def _is_known(module: torch.nn.Module) -> bool:
+def is_known(module: torch.nn.Module) -> bool:
+    """Whether a module is one of ours, quantized or not, without hooks."""
     return is_plain(module, also=nn.QuantizedLinear)
 
 

@@ -72,17 +72,26 @@ class Uniforms:
                 generator.seed()
             else:
                 generator.manual_seed(seed + i)
-        self._block = torch.empty(0)
-        self._next = _BLOCK
+        self._block = self._drawn(0)
+        self._next = 0
 
     def next(self) -> Tensor:
         """[B] fp64."""
-        if self._next == _BLOCK:
-            rows = [torch.rand(_BLOCK, dtype=torch.float64, generator=g) for g in self._generators]
-            self._block = torch.stack(rows, 1).to(self._device)
+        if self._next == len(self._block):
+            self._block = self._drawn(_BLOCK).to(self._device)
             self._next = 0
         self._next += 1
         return self._block[self._next - 1]
+
+    def rows(self, count: int) -> Tensor:
+        """[count, B] fp64 on the CPU: what as many calls of `next` would give."""
+        left = self._block[self._next : self._next + count].cpu()
+        self._next += len(left)
+        return torch.cat((left, self._drawn(count - len(left))))
+
+    def _drawn(self, count: int) -> Tensor:
+        draws = [torch.rand(count, dtype=torch.float64, generator=g) for g in self._generators]
+        return torch.stack(draws, 1) if draws else torch.empty(count, 0, dtype=torch.float64)
 
 
 class Sampler:
@@ -107,7 +116,7 @@ class Sampler:
     ) -> None:
         self.options = options
         self.limit = limit
-        self._uniforms = None if options.temperature == 0 else Uniforms(seed, len(prompts), device)
+        self.uniforms = None if options.temperature == 0 else Uniforms(seed, len(prompts), device)
         self._zeros = torch.zeros(len(prompts), dtype=torch.float64, device=device)
         if options.penalised:
             self._seen = torch.zeros(len(prompts), vocab, dtype=torch.bool, device=device)
@@ -122,13 +131,16 @@ class Sampler:
 
     def choose(self, logits: Tensor) -> Tensor:
         """[B, V] logits -> [B] tokens."""
+        return self.draw(logits, None if self.uniforms is None else self.uniforms.next())
+
+    def draw(self, logits: Tensor, uniform: Tensor | None) -> Tensor:
+        """`choose` with given random numbers [B] fp64; nothing waits for the device."""
         o = self.options
         if o.penalised:
             logits = self._penalise(logits)
-        uniform = self._zeros if self._uniforms is None else self._uniforms.next()
         tokens = ops.sample(
             logits[:, : self.limit],
-            uniform,
+            self._zeros if uniform is None else uniform,
             temperature=o.temperature,
             top_k=o.top_k,
             top_p=o.top_p,
@@ -138,6 +150,10 @@ class Sampler:
             self._seen.scatter_(1, tokens[:, None], True)
             self._counts.scatter_add_(1, tokens[:, None], torch.ones_like(self._counts[:, :1]))
         return tokens
+
+    def state(self) -> tuple[Tensor, ...]:
+        """What the penalties remember; a `draw` writes to these very tensors."""
+        return (self._seen, self._counts) if self.options.penalised else ()
 
     def _penalise(self, logits: Tensor) -> Tensor:
         o, x = self.options, logits.float()

@@ -29,10 +29,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def make_step(model: Decoder) -> Step:
     """A function (tokens [B], cache) -> normalised hidden states [B, hidden].
 
-    Where a module was replaced (an adapter) or has hooks, its forward must run: then the step is
-    `Decoder.hidden`.
+    Where a module was replaced (an adapter) or has hooks, its forward must run, and under autocast
+    types must be joined: then the step is `Decoder.hidden`.
     """
-    if not all(is_plain(module) for module in model.modules()):
+    autocast = torch.is_autocast_enabled(model.embed.weight.device.type)
+    if autocast or not all(is_plain(module) for module in model.modules()):
         return lambda tokens, cache: model.hidden(tokens[:, None], cache=cache)[:, -1]
     layers = [_bind(block) for block in model.blocks]
     last = _norm(model.norm)

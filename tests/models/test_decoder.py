@@ -109,6 +109,17 @@ def test_generation_runs_a_replaced_module():
     assert model.generate([1, 2, 3], 8) == changed
 
 
+def test_generation_under_autocast_is_greedy_over_its_logits():
+    model, tokens = make("llama"), [3, 1, 4]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.generate(tokens, 6)
+        cache, last = model.new_cache(), torch.tensor([tokens])
+        with torch.no_grad():
+            for token in found:
+                last = model(last, cache=cache)[:, -1:].argmax(-1)
+                assert token == int(last)
+
+
 def test_a_cache_continues_a_conversation_and_forgets():
     model = make("llama")
     first, second = [1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
