@@ -9,9 +9,8 @@
 //            them. Nothing is sorted
 // Tile       row [ group of 64 | ... | masked tail ]
 // Traffic    reads the logits once, without top_k a second time from cache
-// Numerics   fp32 exponentials and sums of 64, fp64 sums of these; equal logits are kept or cut
-// together Source     Holtzman et al., arXiv:1904.09751 (top_p); Nguyen et al., arXiv:2407.01082
-// (min_p);
+// Numerics   fp32 exponentials and sums of 64, fp64 sums of these; equal logits go together
+// Source     Holtzman et al., arXiv:1904.09751 (top_p); Nguyen et al., arXiv:2407.01082 (min_p);
 //            Hoare, "Algorithm 65: find"
 constexpr int64_t kGroup = 64;
 
