@@ -39,22 +39,23 @@ def make_step(model: Decoder) -> Step:
     last = _norm(model.norm)
     embed = model.embed.weight
     learned = None if model.positions is None else model.positions.weight
-    tables = None if model.rope is None else (model.rope.cos, model.rope.sin)
+    cos, sin = (None, None) if model.rope is None else (model.rope.cos, model.rope.sin)
     attention: Any = model.blocks[0].attention
     heads, kv_heads, head_dim = attention.heads, attention.kv_heads, attention.head_dim
     every = heads + 2 * kv_heads
 
     def step(tokens: Tensor, cache: KVCache) -> Tensor:
         batch = tokens.shape[0]
-        where = cache.positions(1)
         x = F.embedding(tokens, embed)
         if learned is not None:
-            x = x + learned[where].view(-1, x.shape[1])
-        if tables is not None:
-            cos, sin = tables[0][where], tables[1][where]
-        cache.begin(1)
+            x = x + learned[cache.positions(1)].view(-1, x.shape[1])
+        cache.reserve(1)
+        lengths = cache.length + 1 if cache.lengths is None else cache.lengths + 1
+        stored = zip(cache.keys, cache.values, strict=True)
         residual = None
-        for i, (attention_norm, qkv, out, mlp_norm, mlp) in enumerate(layers):
+        for (attention_norm, qkv, out, mlp_norm, mlp), (keys, values) in zip(
+            layers, stored, strict=True
+        ):
             if residual is None:
                 h, residual = attention_norm(x), x
             else:
@@ -62,9 +63,9 @@ def make_step(model: Decoder) -> Step:
             # with one token, heads within tokens and tokens within heads lie alike
             rows = qkv(h).view(batch, every, 1, head_dim)
             q, k, v = rows.split_with_sizes((heads, kv_heads, kv_heads), 1)
-            if tables is not None:
-                q, k = ops.rope(q, k, cos, sin)
-            h = out(cache.attend(i, q, k, v).reshape(batch, heads * head_dim))
+            q = ops.rope_append(q, k, v, cos, sin, keys, values, lengths)
+            h = ops.decode_attention(q, keys, values, lengths, window=cache.window)
+            h = out(h.reshape(batch, heads * head_dim))
             h, residual = mlp_norm(h, residual=residual)
             x = mlp(h)
         cache.end(1)
