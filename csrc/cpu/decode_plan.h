@@ -10,12 +10,14 @@
 //            type once; same bits for any number of threads
 // Source     arXiv:2104.09864 for the rotation; else see the operators' kernels
 #include "cpu/gemm.h"
+#include "cpu/columns.h"
 #include "cpu/norm.h"
 #include "cpu/activation_math.h"
 
 // Outputs of an integer weight at a time: pairs of its panels, and sums for all rows of the batch.
 constexpr int64_t kIntegerPanel = 96;
 static_assert(kPlanMaxBatch * kIntegerPanel <= kBlockX * kPanel);
+static_assert(kPlanMaxBatch <= kColumnsRows);
 
 // Rows of sums, `stride` apart.
 struct PanelSums {
@@ -49,20 +51,26 @@ inline void quantized_product(const PlanStep& s, const PlanProduct& p, const voi
 // The sums of `one_row` for every row of x, bit for bit. A tile over all of k adds in the order of
 // its streams; what `one_row` adds in another order goes row by row.
 template <class T>
-void rows_alone(const T* x, int64_t rows, const T* w, int64_t rows_w, int64_t k, Sums* sums,
-                bool near) {
+void rows_alone(const T* x, int64_t rows, const T* w, int64_t ldw, int64_t rows_w, int64_t k,
+                Sums* sums, bool near) {
   alignas(64) float rest[kPanel];
   for (int64_t m = 0; m < rows; m += kTileX) {
     const int64_t some = min_of<int64_t>(kTileX, rows - m);
     float* to = sums->at + m * kPanel;
     const int64_t tiled = near || some == 1 ? 0 : rows_w / 8 * 8;  // 8 streams
-    if (tiled > 0) panel_block(x + m * k, k, some, w, k, tiled, k, to, false);
+    if (tiled > 0) panel_block(x + m * k, k, some, w, ldw, tiled, k, to, false);
     if (tiled == rows_w) continue;
     for (int64_t b = 0; b < some; ++b) {
-      one_row(x + (m + b) * k, w + tiled * k, k, rows_w - tiled, k, rest, near);
+      one_row(x + (m + b) * k, w + tiled * ldw, ldw, rows_w - tiled, k, rest, near);
       for (int64_t j = tiled; j < rows_w; ++j) to[b * kPanel + j] = rest[j - tiled];
     }
   }
+}
+
+// Outputs of a product at a time: of a weight that lies transposed, as many as there is room for.
+inline int64_t panel_of(const PlanStep& s, const PlanProduct& p) {
+  if (p.transposed) return kBlockX * kPanel / s.batch / kLanes * kLanes;
+  return p.scale != nullptr ? kIntegerPanel : kPanel;
 }
 
 // Calls f(first, count, sums) for weight rows [first, first + count) until all of [begin, end) are
@@ -70,19 +78,21 @@ void rows_alone(const T* x, int64_t rows, const T* w, int64_t rows_w, int64_t k,
 template <class T, class F>
 inline void for_panels(const PlanStep& s, const PlanProduct& p, const void* x, int64_t begin,
                        int64_t end, Sums* sums, F&& f) {
-  const int64_t panel = p.scale != nullptr ? kIntegerPanel : kPanel;
+  const int64_t panel = panel_of(s, p);
+  const T* rows = static_cast<const T*>(x);
   for (int64_t n = begin; n < end; n += panel) {
     const int64_t count = min_of<int64_t>(panel, end - n);
+    const T* w = static_cast<const T*>(p.w) + n * (p.transposed ? 1 : p.stride);
     if (p.scale != nullptr) {
       quantized_product(s, p, x, n, count, sums);
+    } else if (p.transposed) {
+      columns_product(rows, s.batch, w, p.stride, count, p.in, sums->at);
     } else if (s.one_sequence) {
-      rows_alone(static_cast<const T*>(x), s.batch, static_cast<const T*>(p.w) + n * p.in, count,
-                 p.in, sums, s.near);
+      rows_alone(rows, s.batch, w, p.stride, count, p.in, sums, s.near);
     } else {
-      panel_product(static_cast<const T*>(x), s.batch, static_cast<const T*>(p.w) + n * p.in, p.in,
-                    count, p.in, sums, s.near);
+      panel_product(rows, s.batch, w, p.stride, count, p.in, sums, s.near);
     }
-    f(n, count, PanelSums{sums->at, panel});
+    f(n, count, PanelSums{sums->at, p.transposed ? count : panel});
   }
 }
 
@@ -138,30 +148,30 @@ void project_heads(const PlanStep& s, const PlanLayer& layer, const void* rows, 
                    int64_t end) {
   Sums sums;
   alignas(64) float heads[kPlanMaxBatch * kPlanMaxHead];
-  const T* bias = static_cast<const T*>(layer.qkv.bias);
   const int64_t size = s.head_dim;
   for (int64_t h = begin; h < end; ++h) {
-    const int64_t top = h * size;
-    for_panels<T>(s, layer.qkv, rows, top, top + size, &sums,
-                  [&](int64_t first, int64_t count, PanelSums done) {
-                    for (int64_t b = 0; b < s.batch; ++b) {
-                      float* to = heads + b * kPlanMaxHead + first - top;
-                      each_vector(count, [&](int64_t i, auto... n) {
-                        store(to + i, biased(done.row(b), bias ? bias + first : nullptr, i, n...),
-                              n...);
-                      });
-                    }
-                  });
     const bool is_q = h < s.heads, is_k = !is_q && h < s.heads + s.kv_heads;
+    const int64_t head = h - (is_q ? 0 : is_k ? s.heads : s.heads + s.kv_heads);
+    const PlanProduct& p = is_q ? layer.q : is_k ? layer.k : layer.v;
+    const T* bias = static_cast<const T*>(p.bias);
+    const int64_t top = head * size;
+    for_panels<T>(
+        s, p, rows, top, top + size, &sums, [&](int64_t first, int64_t count, PanelSums done) {
+          for (int64_t b = 0; b < s.batch; ++b) {
+            float* to = heads + b * kPlanMaxHead + first - top;
+            each_vector(count, [&](int64_t i, auto... n) {
+              store(to + i, biased(done.row(b), bias ? bias + first : nullptr, i, n...), n...);
+            });
+          }
+        });
     for (int64_t b = 0; b < s.batch; ++b) {
       T* to;
       if (is_q) {
-        to = static_cast<T*>(s.q) + (b * s.heads + h) * size;
+        to = static_cast<T*>(s.q) + (b * s.heads + head) * size;
       } else {
-        const int64_t g = h - s.heads - (is_k ? 0 : s.kv_heads);
         to = static_cast<T*>(is_k ? layer.keys : layer.values);
         const int64_t sequence = s.one_sequence ? 0 : b;
-        to += ((sequence * s.kv_heads + g) * s.capacity + s.positions[b]) * size;
+        to += ((sequence * s.kv_heads + head) * s.capacity + s.slots[b]) * size;
       }
       put_head(s, heads + b * kPlanMaxHead, s.positions[b], s.cos && (is_q || is_k), to);
     }

@@ -9,6 +9,7 @@
 // Numerics   fp32 sums, one rounding; same bits for any number of threads
 // Source     see cpu/gemm.h
 #include "cpu/gemm.h"
+#include "cpu/columns.h"
 
 template <class T>
 void forward_panels(const LinearForward& a, int64_t begin, int64_t end) {
@@ -38,56 +39,20 @@ void forward_panels(const LinearForward& a, int64_t begin, int64_t end) {
   }
 }
 
-// The weight lies transposed: eight of its rows at a time, each read along the outputs, against all
-// rows of x. Eight products are added up before they join the sum, which keeps its error small.
-constexpr int kDeep = 8;
-
-template <int kCount, class T>
-inline void add_outer(const float (*x)[kDeep], int64_t rows, const T* w, int64_t ldw, int64_t width,
-                      float* sums) {
-  each_vector(width, [&](int64_t i, auto... n) {
-    VecF weight[kCount];
-#pragma GCC unroll 8
-    for (int j = 0; j < kCount; ++j) {
-      weight[j] = load(w + j * ldw + i, n...);
-      __builtin_prefetch(w + (j + kDeep) * ldw + i, 0, 2);
-    }
-    for (int64_t m = 0; m < rows; ++m) {
-      VecF sum = set1(x[m][0]) * weight[0];
-#pragma GCC unroll 8
-      for (int j = 1; j < kCount; ++j) sum = fma(set1(x[m][j]), weight[j], sum);
-      store(sums + m * width + i, load(sums + m * width + i, n...) + sum, n...);
-    }
-  });
-}
+static_assert(kLinearFewRows <= kColumnsRows, "");
 
 template <class T>
 void forward_columns(const LinearForward& a, int64_t begin, int64_t end) {
   constexpr int64_t kSums = 8192;
   alignas(64) float sums[kSums];
-  float x[kLinearFewRows][kDeep];
   const T* bias = static_cast<const T*>(a.bias);
   const int64_t last = min_of<int64_t>(end * kPanel, a.out);
   const int64_t chunk = kSums / a.rows / kLanes * kLanes;
   for (int64_t first = begin * kPanel; first < last; first += chunk) {
     const int64_t width = min_of<int64_t>(chunk, last - first);
-    memset(sums, 0, sizeof(float) * static_cast<size_t>(a.rows * width));
-    for (int64_t k = 0; k < a.in; k += kDeep) {
-      const T* w = static_cast<const T*>(a.w) + k * a.w_stride_in + first;
-      const int64_t deep = min_of<int64_t>(kDeep, a.in - k);
-      for (int64_t m = 0; m < a.rows; ++m) {
-        const T* row = static_cast<const T*>(a.x) + m * a.in + k;
-        for (int64_t j = 0; j < deep; ++j) x[m][j] = ::fastlm::to_float(row[j]);
-      }
-      if (deep == kDeep) {
-        add_outer<kDeep>(x, a.rows, w, a.w_stride_in, width, sums);
-        continue;
-      }
-      for (int64_t j = 0; j < deep; ++j, w += a.w_stride_in) {
-        for (int64_t m = 0; m < a.rows; ++m) x[m][0] = x[m][j];
-        add_outer<1>(x, a.rows, w, a.w_stride_in, width, sums);
-      }
-    }
+    columns_product(static_cast<const T*>(a.x), a.rows,
+                    static_cast<const T*>(a.w) + first * a.w_stride_out, a.w_stride_in, width, a.in,
+                    sums);
     for (int64_t m = 0; m < a.rows; ++m) {
       T* y = static_cast<T*>(a.y) + m * a.out + first;
       each_vector(width, [&](int64_t i, auto... n) {

@@ -21,7 +21,9 @@ struct PlanProduct {
   int64_t out = 0, in = 0;
   int64_t group = 0;  // values of a row that share a scale
   QuantizedForm form = QuantizedForm::kInt8;
-  int digits = 0;  // of the rows that integers are multiplied with
+  int digits = 0;           // of the rows that integers are multiplied with
+  int64_t stride = 0;       // values from a row of a weight without a scale to the next
+  bool transposed = false;  // such a weight is [in, out]
 };
 
 struct PlanNorm {
@@ -31,8 +33,8 @@ struct PlanNorm {
 
 struct PlanLayer {
   PlanNorm attention_norm, mlp_norm;
-  PlanProduct qkv, out, gate, up, down;  // gate.w is null in a plain feed-forward
-  void* keys = nullptr;                  // [batch or 1, kv_heads, capacity, head_dim]
+  PlanProduct q, k, v, out, gate, up, down;  // gate.w is null in a plain feed-forward
+  void* keys = nullptr;                      // [batch or 1, kv_heads, capacity, head_dim]
   void* values = nullptr;
 };
 
@@ -53,7 +55,8 @@ struct PlanStep {
   const float* cos = nullptr;     // [positions, head_dim / 2], or null
   const float* sin = nullptr;
   const int64_t* tokens = nullptr;     // [batch]
-  const int64_t* positions = nullptr;  // [batch], where the tokens stand
+  const int64_t* positions = nullptr;  // [batch], where the tokens stand in their text
+  const int64_t* slots = nullptr;      // [batch], where they go in the cache
   float* x = nullptr;                  // [batch, hidden] the residual stream
   void* q = nullptr;                   // [batch, heads, head_dim]
   const QuantizedLinearKernels* quantized = nullptr;

@@ -72,6 +72,12 @@ void require(bool fits) {
   if (!fits) throw std::invalid_argument("decode plan: the sizes do not fit it");
 }
 
+// Whether two products take the same operand.
+bool alike(const PlanProduct& a, const PlanProduct& b) {
+  return (a.scale == nullptr) == (b.scale == nullptr) && a.form == b.form && a.digits == b.digits &&
+         a.transposed == b.transposed;
+}
+
 void check_range(const char* what, int64_t value, int64_t end) {
   if (value >= 0 && value < end) return;
   throw std::out_of_range(std::string("decode plan: ") + what + " must be in [0, " +
@@ -96,7 +102,9 @@ DecodePlan::DecodePlan(PlanModel model) : model_(std::move(model)) {
   const int64_t stages = kStages * static_cast<int64_t>(model_.layers.size()) + 1;
   int64_t weights = 0, widest = 0;
   const auto count = [&](const PlanProduct& p) {
+    if (p.w == nullptr) return;
     if (p.scale == nullptr) {
+      require(p.stride >= (p.transposed ? p.out : p.in));
       weights += p.out * p.in * size;
       return;
     }
@@ -108,13 +116,16 @@ DecodePlan::DecodePlan(PlanModel model) : model_(std::move(model)) {
   };
   count(model_.head);
   for (const PlanLayer& layer : model_.layers) {
-    for (const PlanProduct* p : {&layer.qkv, &layer.out, &layer.gate, &layer.up, &layer.down}) {
+    for (const PlanProduct* p :
+         {&layer.q, &layer.k, &layer.v, &layer.out, &layer.gate, &layer.up, &layer.down}) {
       count(*p);
     }
     const PlanProduct &gate = layer.gate, &up = layer.up;
-    require(layer.qkv.scale == nullptr || s.head_dim % kQuantizedPanel == 0);
-    require(gate.w == nullptr || ((gate.scale == nullptr) == (up.scale == nullptr) &&
-                                  gate.form == up.form && gate.digits == up.digits));
+    for (const PlanProduct* p : {&layer.q, &layer.k, &layer.v}) {
+      require(p->scale == nullptr || s.head_dim % kQuantizedPanel == 0);
+      require(alike(*p, layer.q));  // they share their operand
+    }
+    require(gate.w == nullptr || alike(gate, up));
     widest = std::max(widest, up.out);
   }
   s.quantized = &quantized_linear_kernels();
@@ -167,12 +178,15 @@ void DecodePlan::bind_cache(const std::vector<void*>& keys, const std::vector<vo
 }
 
 // The tasks of the attention, alike in all layers.
-void DecodePlan::cut_attention() {
+void DecodePlan::cut_attention(const int64_t* first) {
   const PlanStep& s = model_.step;
   joined_ = false;
   for (size_t b = 0; b < lengths_.size(); ++b) {
-    lengths_[b] = s.positions[b] + 1;
-    first_key_[b] = model_.window > 0 ? std::max<int64_t>(0, lengths_[b] - model_.window) : 0;
+    lengths_[b] = s.slots[b] + 1;
+    first_key_[b] = first == nullptr ? 0 : first[b];
+    if (model_.window > 0) {
+      first_key_[b] = std::max<int64_t>(first_key_[b], lengths_[b] - model_.window);
+    }
     const int64_t pieces = decode_pieces(lengths_[b] - first_key_[b], s.kv_heads);
     first_task_[b + 1] = first_task_[b] + s.kv_heads * pieces;
     joined_ = joined_ || pieces > 1;
@@ -186,16 +200,18 @@ void DecodePlan::cut_attention() {
   attention_.partial = partial_.as<float>();
 }
 
-void DecodePlan::step(const int64_t* tokens, const int64_t* positions, float* logits, int64_t limit,
-                      int64_t* best) {
+void DecodePlan::step(const PlanTokens& given, float* logits, int64_t limit, int64_t* best) {
   PlanStep& s = model_.step;
   for (int64_t b = 0; b < s.batch; ++b) {
-    check_range("a token", tokens[b], s.vocab);
-    check_range("a position", positions[b], std::min(s.capacity, model_.places));
+    check_range("a token", given.tokens[b], s.vocab);
+    check_range("a position", given.positions[b], model_.places);
+    check_range("a place in the cache", given.slots[b], s.capacity);
+    if (given.first != nullptr) check_range("a first key", given.first[b], given.slots[b] + 1);
   }
-  s.tokens = tokens;
-  s.positions = positions;
-  cut_attention();
+  s.tokens = given.tokens;
+  s.positions = given.positions;
+  s.slots = given.slots;
+  cut_attention(given.first);
   for (Progress& p : progress_) {
     p.next.store(0, std::memory_order_relaxed);
     p.done.store(0, std::memory_order_relaxed);
@@ -219,6 +235,7 @@ void DecodePlan::step(const int64_t* tokens, const int64_t* positions, float* lo
     torch::stable::parallel_for(0, threads, 1,
                                 [&](int64_t begin, int64_t) { run(begin, threads, head); });
   }
+  if (best == nullptr) return;
   for (int64_t b = 0; b < s.batch; ++b) {
     float most = -INFINITY;
     best[b] = 0;
@@ -275,7 +292,7 @@ void DecodePlan::run(int64_t participant, int64_t threads, const Head& head) {
     DecodeAttentionArgs a = attention_;
     a.k = layer.keys;
     a.v = layer.values;
-    product(layer.qkv, &layer.attention_norm, nullptr, s.heads + 2 * s.kv_heads,
+    product(layer.q, &layer.attention_norm, nullptr, s.heads + 2 * s.kv_heads,
             [&](const void* rows, int64_t begin, int64_t end, int64_t) {
               kernels.project(s, layer, rows, begin, end);
             });

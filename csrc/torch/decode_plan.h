@@ -22,6 +22,15 @@ struct PlanModel {
   float scale = 1.0f;  // of the attention's scores
 };
 
+// What a step is given, [batch] each. Padding on the left of a sequence makes its tokens' positions
+// smaller than their places in the cache and hides its first keys.
+struct PlanTokens {
+  const int64_t* tokens;
+  const int64_t* positions;
+  const int64_t* slots;  // in the cache
+  const int64_t* first;  // keys that are seen begin here; null for the cache's beginning
+};
+
 // Memory aligned to cache lines, not initialised.
 class Buffer {
  public:
@@ -53,12 +62,11 @@ class DecodePlan {
   void bind_cache(const std::vector<void*>& keys, const std::vector<void*>& values,
                   int64_t capacity);
 
-  // Takes tokens [batch] at positions [batch] through all layers and appends them to the cache.
-  // Writes logits [batch, vocab] and the largest logit's place among the first `limit` to best
-  // [batch]. Throws std::out_of_range for a token or position that is not there,
-  // std::runtime_error for logits that are not finite.
-  void step(const int64_t* tokens, const int64_t* positions, float* logits, int64_t limit,
-            int64_t* best);
+  // Takes a token of each sequence through all layers and appends it to the cache. Writes logits
+  // [batch, vocab] and, unless best is null, the largest logit's place among the first `limit` to
+  // best [batch]. Throws std::out_of_range for a token or place that is not there and, where the
+  // largest logit is asked for, std::runtime_error for logits that are not finite.
+  void step(const PlanTokens& given, float* logits, int64_t limit, int64_t* best);
   int64_t batch() const { return model_.step.batch; }
   bool one_sequence() const { return model_.step.one_sequence; }
 
@@ -67,7 +75,7 @@ class DecodePlan {
     float* logits;
     int64_t limit;
   };
-  void cut_attention();
+  void cut_attention(const int64_t* first);
   const void* operand(const PlanProduct& p, const void* rows, int64_t participant) const;
   void run(int64_t participant, int64_t threads, const Head& head);
 

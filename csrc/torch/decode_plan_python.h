@@ -30,6 +30,8 @@ struct PlanReader {
     p.group = static_cast<int64_t>(next());
     p.form = static_cast<QuantizedForm>(next());
     p.digits = static_cast<int>(next());
+    p.stride = static_cast<int64_t>(next());
+    p.transposed = next() != 0;
     p.out = p.w == nullptr ? 0 : out;
     p.in = in;
     return p;
@@ -40,7 +42,9 @@ inline PlanLayer plan_layer(const std::vector<uintptr_t>& from, const PlanStep& 
   PlanReader read{from};
   PlanLayer layer;
   layer.attention_norm = read.norm();
-  layer.qkv = read.product((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden);
+  layer.q = read.product(s.heads * s.head_dim, s.hidden);
+  layer.k = read.product(s.kv_heads * s.head_dim, s.hidden);
+  layer.v = read.product(s.kv_heads * s.head_dim, s.hidden);
   layer.out = read.product(s.hidden, s.heads * s.head_dim);
   layer.mlp_norm = read.norm();
   layer.gate = read.product(width, s.hidden);
@@ -99,24 +103,30 @@ inline void bind_decode_plan(pybind11::module_& m) {
           "Where the layers' keys and values lie, and how many tokens they have room for.")
       .def(
           "step",
-          [](DecodePlan& plan, uintptr_t tokens, uintptr_t positions, int64_t past,
-             uintptr_t logits, int64_t limit, uintptr_t best) {
+          [](DecodePlan& plan, uintptr_t tokens, uintptr_t positions, uintptr_t slots, int64_t past,
+             uintptr_t first, uintptr_t logits, int64_t limit, uintptr_t best) {
             int64_t same[kPlanMaxBatch];
             for (int64_t b = 0; b < plan.batch(); ++b) {
               same[b] = past + (plan.one_sequence() ? b : 0);
             }
-            const auto* given = static_cast<const int64_t*>(pointer(positions));
+            const auto whole = [](uintptr_t address) {
+              return static_cast<int64_t*>(pointer(address));
+            };
+            PlanTokens given;
+            given.tokens = whole(tokens);
+            given.slots = slots != 0 ? whole(slots) : same;
+            given.positions = positions != 0 ? whole(positions) : given.slots;
+            given.first = whole(first);
             const py::gil_scoped_release others_may_run;
-            plan.step(static_cast<const int64_t*>(pointer(tokens)), given ? given : same,
-                      static_cast<float*>(pointer(logits)), limit,
-                      static_cast<int64_t*>(pointer(best)));
+            plan.step(given, static_cast<float*>(pointer(logits)), limit, whole(best));
           },
-          py::arg("tokens"), py::arg("positions"), py::arg("past"), py::arg("logits"),
-          py::arg("limit"), py::arg("best"),
-          "One token of each sequence: logits and the place of the largest among the first "
-          "`limit`. `past` is the position of all where `positions` is 0, of the first token of "
-          "one "
-          "sequence.");
+          py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("past"),
+          py::arg("first"), py::arg("logits"), py::arg("limit"), py::arg("best"),
+          "One token of each sequence: logits and, unless best is 0, the place of the largest "
+          "among "
+          "the first `limit`. Where `slots` is 0 `past` is the place in the cache, of all or of "
+          "the "
+          "first token of one sequence; where `positions` is 0 they are the slots.");
 }
 
 }  // namespace fastlm

@@ -31,6 +31,7 @@ STEMS = (
     "activation",
     "attention",
     "cross_entropy",
+    "decode_plan",
     "feed_forward",
     "layer_norm",
     "linear",
@@ -223,6 +224,7 @@ class _Patcher:
         for path, module in reversed(list(self.made.model.named_modules())):
             self._module(path, module)
             self._loss(path, module)
+            self._decode(path, module)
         for stem, why in self.lacking.items():
             self._note("", self.made.model, "noted", f"{stem}: {why}")
         self.made.entries.reverse()
@@ -318,6 +320,27 @@ class _Patcher:
         if fused and not is_ours(module.__dict__.get("forward")):
             self._head(path, module)
 
+    def _decode(self, path: str, module: Any) -> None:
+        """A causal language model whose single tokens a plan can take."""
+        language = hasattr(type(module), "loss_function") and hasattr(module, "generate")
+        if "decode_plan" not in self.wanted or not language or not module.get_output_embeddings():
+            return
+        from fastlm.hf import decode
+
+        own, stems = module.__dict__.get("forward"), ("decode_plan",)
+        if hasattr(own, "inner"):
+            self._note(path, module, "already", "decode_plan", stems)
+            return
+        reason = decode.obstacle(module)
+        if not is_ours(own) and _head.foreign(module):
+            reason = "another tool has replaced its forward"
+        if reason:
+            self._note(path, module, "noted", f"decode_plan: {reason}")
+            return
+        forward = decode.forward(type(module), getattr(own, "__func__", type(module).forward))
+        self.made._install(module, "forward", types.MethodType(_marked(forward), module))
+        self._note(path, module, "replaced", "decode_plan (single tokens of generate)", stems)
+
     def _head(self, path: str, module: Any) -> None:
         """Its head, which may leave the making of logits to the loss."""
         head, stem = module.get_output_embeddings(), "linear_cross_entropy"
@@ -385,6 +408,8 @@ def suspended(model: nn.Module) -> Iterator[None]:
 
 def _no_kernel(stem: str, device: str) -> str:
     """Why an operator would run on PyTorch's kernels here, no faster than the model's own."""
+    if stem == "decode_plan":  # is no operator; it runs that one's kernel
+        return "" if "cpu" in _registry.implementations("decode_attention", device) else "no kernel"
     ours = set(_registry.implementations(stem, device)) - {"torch", "reference"}
     if _registry.forced() or ours:
         return ""

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastlm import _ext, nn, ops
+from fastlm import _ext, nn
+from fastlm.models import parts
 from fastlm.models.cache import KVCache
 from fastlm.models.config import Config
+from fastlm.models.parts import Layer, Parts, Rows, form, of
 from fastlm.models.step import is_plain, make_step
 from fastlm.ops import _registry
 from fastlm.ops.activation import KINDS
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 STEM = "decode_plan"
 MAX_BATCH, MAX_HEAD = 16, 256  # csrc/ops/decode_plan.h
-_DTYPES = (torch.float32, torch.bfloat16)
 # What of a config the plan follows; another field must keep its default.
 _KNOWN = {
     *("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate"),
@@ -53,7 +54,7 @@ def unsupported(model: Decoder, cache: KVCache) -> list[str]:
     weight = model.embed.weight
     if weight.device.type != "cpu":
         return [f"serves cpu tensors, not {weight.device.type}"]
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in parts.DTYPES:
         return [f"takes float32, bfloat16, not {str(weight.dtype).removeprefix('torch.')}"]
     if torch.is_autocast_enabled("cpu"):
         return ["autocast is on"]
@@ -68,7 +69,7 @@ def unsupported(model: Decoder, cache: KVCache) -> list[str]:
         reasons.append("a module was replaced or has hooks")
     if reasons:
         return reasons
-    return _unfit_weights(model) or _unfit_integers(model) or _unfit_cache(model, cache)
+    return _unfit_modules(model) or parts.unfit(parts.of(model)) or _unfit_cache(model, cache)
 
 
 def unknown_fields(config: Config) -> list[str]:
@@ -80,12 +81,12 @@ def unknown_fields(config: Config) -> list[str]:
     ]
 
 
-def _unfit_weights(model: Decoder) -> list[str]:
+def _unfit_modules(model: Decoder) -> list[str]:
     """What about the modules differs from what the config says."""
     c, dtype = model.config, model.embed.weight.dtype
     block: Any
-    epsilons = {_eps(module, dtype) for module in _norms(model)}
-    if len(epsilons) != 1:
+    norms = [n for block in model.blocks for n in (block.attention_norm, block.mlp_norm)]
+    if len({_eps(norm, dtype) for norm in (*norms, model.norm)}) != 1:
         return ["the norms' eps differ"]
     for layer, block in enumerate(model.blocks):
         a, mlp = block.attention, block.mlp
@@ -93,20 +94,6 @@ def _unfit_weights(model: Decoder) -> list[str]:
             return [f"the heads of layer {layer} are not the config's"]
         if mlp.activation != c.activation or (mlp.gate is not None) != c.gated:
             return [f"the feed-forward of layer {layer} is not the config's"]
-    for name, tensor, shape in _shapes(model):
-        if tensor is None:
-            if name.endswith("norm.weight"):
-                return [f"{name} is missing"]
-            continue
-        if type(tensor) not in (Tensor, torch.nn.Parameter, ops.QuantizedWeight):
-            return [f"{name} is a {type(tensor).__name__}"]
-        if tuple(tensor.shape) != shape:
-            return [f"{name} is {list(tensor.shape)}, not {list(shape)}"]
-        if name.endswith(".qweight"):
-            continue
-        wanted = torch.float32 if name.startswith("rope.") else dtype
-        if tensor.dtype != wanted or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return [f"{name} is not a contiguous {str(wanted).removeprefix('torch.')} cpu tensor"]
     return []
 
 
@@ -130,61 +117,52 @@ def _unfit_cache(model: Decoder, cache: KVCache) -> list[str]:
     return []
 
 
-class DecodePlan:
-    """A decoder's weights and a cache, bound. `unsupported` must have said nothing against it.
-
-    With `rows` a step takes so many tokens of one sequence, 1 to 16, that follow each other (the
-    cache must be of batch 1). Each has the bits that it would have in a step of its own.
+class BoundPlan:
+    """The weights of some parts and a cache, bound. `parts.unfit` must have found nothing.
 
     It keeps the tensors it points at, so an address cannot come to mean something else; `stale`
-    says when the model or the cache has others by now.
+    says when a module has others by now.
 
-    Attributes:
-        logits: [B, vocab] fp32, of the last step; [rows, vocab] with rows.
-        best: [B] or [rows] int64, the place of the largest of them.
+    Args:
+        made_of: the modules.
+        batch: sequences, or with `one_sequence` tokens of one that follow each other, 1 to 16.
+        window: sliding window of the attention.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, rows: int | None = None) -> None:
-        c, weight = model.config, model.embed.weight
-        if rows is not None and (not 1 <= rows <= MAX_BATCH or cache.batch != 1 or cache.lengths):
-            raise ValueError(
-                f"DecodePlan: rows must be 1 to {MAX_BATCH} of one sequence, got {rows} of"
-                f" {cache.batch}"
-            )
-        batch, self._new = (cache.batch, 1) if rows is None else (rows, rows)
-        assert _ext.native is not None and c.head_dim is not None  # unsupported() was asked
-        outputs = c.vocab
-        self.logits = torch.empty(batch, outputs)
-        self.best = torch.empty(batch, dtype=torch.int64)
-        self._cache, self._dtype = cache, weight.dtype
-        self._bound: list[Tensor] = []  # what the plan points at
-        self._weights: list[_Weight] = []
-        layers = [self._layer(block) for block in model.blocks]
-        rope = model.rope
+    def __init__(
+        self, made_of: Parts, batch: int, *, one_sequence: bool = False, window: int | None = None
+    ) -> None:
+        c, rope = made_of.config, made_of.rope
+        assert _ext.native is not None and c.head_dim is not None  # the caller has asked
+        self.batch = batch
+        self._dtype = made_of.dtype
+        self._tensors: list[Tensor] = []  # what the plan points at
+        self._weights: dict[tuple[int, str], _Weight] = {}
+        layers = [self._layer(layer) for layer in made_of.layers]
         others = [
-            self._bind(model.embed, "weight"),
-            0 if model.positions is None else self._bind(model.positions, "weight"),
+            self._bind(made_of.embed, "weight"),
+            0 if made_of.positions is None else self._bind(made_of.positions, "weight"),
             0 if rope is None else self._bind(rope, "cos"),
             0 if rope is None else self._bind(rope, "sin"),
-            *self._both(model.norm),
-            *self._product(model.embed if model.head is None else model.head),
+            *self._both(made_of.norm),
+            *self._product(made_of.head),
         ]
         sizes = {
-            "bf16": weight.dtype == torch.bfloat16,
+            "bf16": made_of.dtype == torch.bfloat16,
             "batch": batch,
-            "one_sequence": rows is not None,
+            "one_sequence": one_sequence,
             "hidden": c.hidden,
             "heads": c.heads,
             "kv_heads": c.kv_heads,
             "head_dim": c.head_dim,
             "intermediate": c.intermediate,
-            "vocab": weight.shape[0],
-            "outputs": outputs,
-            "places": c.max_positions,
-            "eps": _eps(model.norm, weight.dtype),
+            "vocab": c.vocab,
+            "outputs": made_of.head.outputs,
+            "places": made_of.places,
+            "eps": made_of.eps,
             "centred": c.norm == "layer",
             "activation": KINDS.index(c.activation),
-            "window": cache.window or 0,
+            "window": window or 0,
             "scale": 1 / math.sqrt(c.head_dim),
         }
         self._native = _ext.native.DecodePlan(sizes, layers, others)
@@ -194,11 +172,138 @@ class DecodePlan:
         """Whether a weight lies elsewhere than where the plan reads it."""
         if _registry.forced() not in (None, "cpu"):
             return True
-        for names, name, address in self._weights:
+        for names, name, address in self._weights.values():
             weight = names.get(name)
             if weight is None or weight.data_ptr() != address:
                 return True
         return False
+
+    def bind(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        """The cache: a layer's keys and values each, contiguous [batch or 1, kv_heads, S, D]."""
+        self._caches = [*keys, *values]
+        addresses = [[x.data_ptr() for x in stored] for stored in (keys, values)]
+        self._native.bind_cache(*addresses, keys[0].shape[2])
+
+    def step(
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        *,
+        past: int = 0,
+        slots: Tensor | None = None,
+        positions: Tensor | None = None,
+        first: Tensor | None = None,
+        limit: int | None = None,
+        best: Tensor | None = None,
+    ) -> None:
+        """One token of each sequence; its keys and values enter the cache. All [B] int64.
+
+        Args:
+            tokens: the tokens.
+            logits: [B, vocab] fp32, to be filled.
+            past: the tokens' place in the cache, of one sequence that of the first.
+            slots: the places where they differ.
+            positions: where the tokens stand in their texts; the places by default.
+            first: the place of the first key that each sequence sees.
+            limit: `best` is sought among the logits before this one.
+            best: gets the place of the largest logit; it may be `tokens`.
+
+        Raises:
+            IndexError: a token, place or position that is not there.
+            RuntimeError: with best, a logit before the limit that is not finite.
+        """
+        self._native.step(
+            tokens.data_ptr(),
+            0 if positions is None else positions.data_ptr(),
+            0 if slots is None else slots.data_ptr(),
+            past,
+            0 if first is None else first.data_ptr(),
+            logits.data_ptr(),
+            logits.shape[1] if limit is None else limit,
+            0 if best is None else best.data_ptr(),
+        )
+
+    def _bind(self, module: Any, name: str) -> int:
+        """The address of a parameter or buffer; 0 where it is None."""
+        names = module._parameters if name in module._parameters else module._buffers
+        tensor = names[name]
+        if tensor is None:
+            return 0
+        self._tensors.append(tensor.detach())
+        self._weights[id(names), name] = names, name, tensor.data_ptr()
+        return int(tensor.data_ptr())
+
+    def _both(self, module: Any) -> tuple[int, int]:
+        bias = "bias" in module._parameters
+        return self._bind(module, "weight"), self._bind(module, "bias") if bias else 0
+
+    def _product(self, rows: Rows | None) -> list[int]:
+        """The numbers of a product in the order of csrc/torch/decode_plan_python.h."""
+        if rows is None:
+            return [0] * 9
+        module, first = rows.module, rows.first
+        if not isinstance(module, nn.QuantizedLinear):
+            weight, bias = self._both(module)
+            stride, size = module.weight.stride(0), module.weight.element_size()
+            weight += first * size * (1 if rows.transposed else stride)
+            bias += first * size if bias else 0
+            return [weight, bias, 0, 0, 0, 0, 0, stride, int(rows.transposed)]
+        inputs = module.qweight.shape[1]
+        values = self._bind(module, "values") + first * inputs * module.bits // 8
+        bias, scale, minimum = (self._bind(module, name) for name in ("bias", "scale", "minimum"))
+        steps = 2 * first * (inputs // module.group_size)
+        return [
+            values,
+            bias + first * self._dtype.itemsize if bias else 0,
+            scale + steps,
+            minimum + steps if minimum else 0,
+            module.group_size,
+            *form(module, self._dtype),
+            0,
+            0,
+        ]
+
+    def _layer(self, layer: Layer) -> list[int]:
+        return [
+            *self._both(layer.attention_norm),
+            *(number for rows in (layer.q, layer.k, layer.v) for number in self._product(rows)),
+            *self._product(layer.out),
+            *self._both(layer.mlp_norm),
+            *self._product(layer.gate),
+            *self._product(layer.up),
+            *self._product(layer.down),
+        ]
+
+
+class DecodePlan:
+    """A decoder's weights and a cache, bound. `unsupported` must have said nothing against it.
+
+    With `rows` a step takes so many tokens of one sequence, 1 to 16, that follow each other (the
+    cache must be of batch 1). Each has the bits that it would have in a step of its own.
+
+    Attributes:
+        logits: [B, vocab] fp32, of the last step; [rows, vocab] with rows.
+        best: [B] or [rows] int64, the place of the largest of them.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, rows: int | None = None) -> None:
+        if rows is not None and (not 1 <= rows <= MAX_BATCH or cache.batch != 1 or cache.lengths):
+            raise ValueError(
+                f"DecodePlan: rows must be 1 to {MAX_BATCH} of one sequence, got {rows} of"
+                f" {cache.batch}"
+            )
+        batch, self._new = (cache.batch, 1) if rows is None else (rows, rows)
+        self._bound = BoundPlan(
+            of(model), batch, one_sequence=rows is not None, window=cache.window
+        )
+        self.logits = torch.empty(batch, model.config.vocab)
+        self.best = torch.empty(batch, dtype=torch.int64)
+        self._cache = cache
+        self._keys: Tensor | None = None
+
+    def stale(self) -> bool:
+        """Whether a weight lies elsewhere than where the plan reads it."""
+        return self._bound.stale()
 
     def step(self, tokens: Tensor, limit: int | None = None) -> None:
         """Takes one token of each sequence: fills `logits` and `best`, continues the cache.
@@ -212,62 +317,19 @@ class DecodePlan:
             RuntimeError: a logit before the limit that is not finite.
         """
         cache = self._cache
-        tokens = tokens.to(torch.int64).contiguous()
         cache.reserve(self._new)
-        if not self._caches or self._caches[0] is not cache.keys[0]:
-            self._caches = [*cache.keys, *cache.values]
-            addresses = [x.data_ptr() for x in self._caches]
-            half = len(cache.keys)
-            self._native.bind_cache(addresses[:half], addresses[half:], cache.capacity)
-        self._native.step(
-            tokens.data_ptr(),
-            0 if cache.lengths is None else cache.lengths.data_ptr(),
-            cache.length,
-            self.logits.data_ptr(),
-            self.logits.shape[1] if limit is None else limit,
-            self.best.data_ptr(),
+        if self._keys is not cache.keys[0]:
+            self._keys = cache.keys[0]
+            self._bound.bind(cache.keys, cache.values)
+        self._bound.step(
+            tokens.to(torch.int64).contiguous(),
+            self.logits,
+            past=cache.length,
+            slots=cache.lengths,
+            limit=limit,
+            best=self.best,
         )
         cache.end(self._new)
-
-    def _bind(self, module: Any, name: str) -> int:
-        """The address of a parameter or buffer; 0 where it is None."""
-        names = module._parameters if name in module._parameters else module._buffers
-        tensor = names[name]
-        if tensor is None:
-            return 0
-        self._bound.append(tensor.detach())
-        self._weights.append((names, name, tensor.data_ptr()))
-        return int(tensor.data_ptr())
-
-    def _both(self, module: Any) -> tuple[int, int]:
-        bias = "bias" in module._parameters
-        return self._bind(module, "weight"), self._bind(module, "bias") if bias else 0
-
-    def _product(self, module: Any) -> list[int]:
-        """weight, bias, scale, minimum, group, form and digits of the rows."""
-        if not isinstance(module, nn.QuantizedLinear):
-            return [*self._both(module), 0, 0, 0, 0, 0]
-        return [
-            self._bind(module, "values"),
-            self._bind(module, "bias"),
-            self._bind(module, "scale"),
-            self._bind(module, "minimum"),
-            module.group_size,
-            *_form(module, self._dtype),
-        ]
-
-    def _layer(self, block: Any) -> list[int]:
-        """The addresses in the order of csrc/torch/decode_plan_python.h."""
-        attention, mlp = block.attention, block.mlp
-        return [
-            *self._both(block.attention_norm),
-            *self._product(attention.qkv),
-            *self._product(attention.out),
-            *self._both(block.mlp_norm),
-            *([0] * 7 if mlp.gate is None else self._product(mlp.gate)),
-            *self._product(mlp.up),
-            *self._product(mlp.down),
-        ]
 
 
 class NextLogits:
@@ -330,75 +392,5 @@ def is_known(module: torch.nn.Module) -> bool:
     return is_plain(module, also=nn.QuantizedLinear)
 
 
-def _form(module: nn.QuantizedLinear, dtype: torch.dtype) -> tuple[int, int]:
-    """The weight's form and the digits of its rows: csrc/ops/quantized_linear.h."""
-    form = 0 if module.bits == 8 else 1 if module.minimum is None else 2
-    digits = 1 if module.activations == "int8" else 4 if dtype == torch.float32 else 3
-    return form, digits
-
-
-def _unfit_integers(model: Decoder) -> list[str]:
-    """What the plan cannot do with the quantized layers of a model."""
-    named = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)]
-    for name, module in named:
-        qweight = module.qweight
-        if not qweight.packed or not all(
-            t is None or (t.is_contiguous() and t.is_cpu) for t in qweight[:3]
-        ):
-            return [f"the integers of {name} are not packed for the CPU"]
-        head_dim = model.config.head_dim
-        if name.endswith("attention.qkv") and head_dim and head_dim % 16:
-            return [f"quantized heads must be a multiple of 16, not {head_dim}"]
-    block: Any
-    for layer, block in enumerate(model.blocks):
-        pair = {block.mlp.up, block.mlp.gate} - {None}
-        kinds = {
-            _form(m, torch.float32) if isinstance(m, nn.QuantizedLinear) else None for m in pair
-        }
-        if len(kinds) > 1:
-            return [f"gate and up of layer {layer} are quantized differently"]
-    return []
-
-
-def _norms(model: Decoder) -> list[Any]:
-    blocks: Any = model.blocks
-    return [n for b in blocks for n in (b.attention_norm, b.mlp_norm)] + [model.norm]
-
-
 def _eps(norm: Any, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if norm.eps is None else norm.eps
-
-
-def _shapes(model: Decoder) -> list[tuple[str, Any, tuple[int, ...]]]:
-    """Every tensor a plan points at, with the shape it must have."""
-    c = model.config
-    assert c.head_dim is not None and c.intermediate is not None  # set by Config
-    found: list[tuple[str, Any, tuple[int, ...]]] = []
-    block: Any
-
-    def add(name: str, module: Any, *shape: int) -> None:
-        kind = "qweight" if isinstance(module, nn.QuantizedLinear) else "weight"
-        found.append((f"{name}.{kind}", getattr(module, kind), shape))
-        found.append((f"{name}.bias", getattr(module, "bias", None), shape[:1]))
-
-    add("embed", model.embed, c.vocab, c.hidden)
-    if model.positions is not None:
-        add("positions", model.positions, c.max_positions, c.hidden)
-    if model.rope is not None:
-        for name in ("cos", "sin"):
-            shape = (c.max_positions, c.head_dim // 2)
-            found.append((f"rope.{name}", getattr(model.rope, name), shape))
-    for i, block in enumerate(model.blocks):
-        attention, mlp = block.attention, block.mlp
-        add(f"blocks.{i}.attention_norm", block.attention_norm, c.hidden)
-        add(f"blocks.{i}.attention.qkv", attention.qkv, sum(c.qkv_rows), c.hidden)
-        add(f"blocks.{i}.attention.out", attention.out, c.hidden, c.qkv_rows[0])
-        add(f"blocks.{i}.mlp_norm", block.mlp_norm, c.hidden)
-        if mlp.gate is not None:
-            add(f"blocks.{i}.mlp.gate", mlp.gate, c.intermediate, c.hidden)
-        add(f"blocks.{i}.mlp.up", mlp.up, c.intermediate, c.hidden)
-        add(f"blocks.{i}.mlp.down", mlp.down, c.hidden, c.intermediate)
-    add("norm", model.norm, c.hidden)
-    if model.head is not None:
-        add("head", model.head, c.vocab, c.hidden)
-    return found
