@@ -14,7 +14,7 @@ from tools import cuda_budget  # noqa: E402
 
 pytestmark = pytest.mark.skipif(cuda_budget.native.find_cuda() is None, reason="no nvcc here")
 
-FEW_RESULTS = ("quantized_linear",)  # a number or a few where others write a row
+FEW_RESULTS = ("quantized_linear", "sample")  # a number or a few where others write a row
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,40 @@ def test_rope(tmp_path):
     own_tests("rope", folder, f"{which} or names_the_argument")
 
 
+# Places that do not exist: what a CPU refuses, and only the kernel of a GPU sees.
+BAD_PLACES = """
+import torch
+from fastlm import ops, reference
+torch.manual_seed(0)
+q, k, v = torch.randn(4, 6, 1, 64), torch.randn(4, 2, 1, 64), torch.randn(4, 2, 1, 64)
+angle = torch.randn(20, 32)
+form = (angle.cos(), angle.sin())
+caches = [torch.zeros(4, 2, 16, 64) for _ in "kv"]
+own = torch.ops.fastlm.rope_append.default
+rest = (None, None, 64, False, 1e-6, 0.0)
+lengths = torch.tensor([0, 16, 17, -3])
+y = own(q, k, v, *form, *caches, lengths, 0, None, *rest)
+assert not y[[0, 2, 3]].any() and not any(c[[0, 2, 3]].any() for c in caches)
+expected = [torch.zeros(1, 2, 16, 64) for _ in "kv"]
+one = (x[1:2] for x in (q, k, v))
+torch.testing.assert_close(y[1:2], reference.rope_append(*one, *form, *expected, 16))
+torch.testing.assert_close([c[1:2] for c in caches], expected)
+pages = [torch.zeros(3, 2, 8, 64) for _ in "kv"]
+table = torch.tensor([[0, 1], [1, 7], [2, -1], [2, 0]], dtype=torch.int32)
+y = own(q, k, v, *form, *pages, torch.tensor([3, 9, 16, 17]), 0, table, *rest)
+assert y[0].any() and not y[1:].any()
+assert all(c[0, :, 2].any() and c.count_nonzero() == 2 * 64 for c in pages)
+"""
+
+
+def test_rope_append(tmp_path):
+    folder = emulated("rope_append", tmp_path)
+    each = "(plain and float32) or (norms and float16) or (pages and bfloat16)"
+    which = f"(matches and ({each})) or only_the_new or (any_strides and bfloat16) or nothing_new"
+    own_tests("rope_append", folder, which)
+    run(folder, "-c", BAD_PLACES)
+
+
 # Rows of whole vectors: all in registers, and with a rest that is read again.
 ALIGNED_LOSSES = """
 import torch
@@ -206,6 +240,52 @@ for wrong in (torch.randn(17, 256), torch.randn(2, 128)):
 
 def test_quantized_linear(tmp_path):
     run(emulated("quantized_linear", tmp_path), "-c", QUANTIZED)
+
+
+# Logits that stay in registers and, few but wide apart or many and alike, ones that do not.
+SAMPLES = """
+import math
+import torch
+from fastlm import ops, reference
+from tests_of_operator import OPTIONS
+torch.manual_seed(0)
+SHAPES = [(0.1, 65), (0.0, 5000), (5.0, 20000), (0.1, 20000)]
+SOME = {torch.float32: SHAPES, torch.bfloat16: SHAPES[1:3], torch.float16: SHAPES[:1]}
+for dtype, shapes in SOME.items():
+    for spread, vocab in shapes:
+        logits = (torch.randn(1, vocab) * spread).to(dtype)
+        uniform = torch.rand(1, dtype=torch.float64)
+        for options in [*OPTIONS, {"top_k": 700}]:
+            drawn = ops.sample(logits, uniform, **options)
+            if options.get("temperature") == 0:
+                assert torch.equal(drawn, reference.sample(logits, uniform, temperature=0.0))
+                continue
+            p = reference.probabilities(logits.double(), **options)[0]
+            high = p[: drawn + 1].sum()
+            assert high - p[drawn] - 2e-5 <= uniform <= high + 2e-5, (dtype, spread, vocab, options)
+logits = torch.full((2, 70), -math.inf)
+logits[:, [3, 66]] = torch.tensor([0.0, 0.5])
+edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+for options in OPTIONS:
+    drawn = ops.sample(logits, edges, **options).tolist()
+    assert set(drawn) <= {3, 66} and (options or drawn == [3, 66])
+wrong = torch.zeros(4, 100)
+wrong[0, 98], wrong[1, 5], wrong[2] = math.nan, math.inf, -math.inf
+assert (ops.sample(wrong, torch.zeros(4, dtype=torch.float64)) == -1).tolist() == [1, 1, 1, 0]
+zeros = torch.tensor([[-0.0, 0.0, -1.0]])  # equal logits, one of them drawn by the largest uniform
+assert ops.sample(zeros, edges[1:], top_k=1).tolist() == [1]
+wide = torch.randn(3, 2, 500)
+uniform = torch.rand(3, dtype=torch.float64)
+for view in (wide[:, 0, :400], wide[:, 0, 1:401], wide[:, 0, ::2], wide.transpose(0, 2)[:3, 0]):
+    expected = ops.sample(view.contiguous(), uniform, top_p=0.8)
+    assert torch.equal(ops.sample(view, uniform, top_p=0.8), expected)
+"""
+
+
+def test_sample(tmp_path):
+    folder = emulated("sample", tmp_path)
+    own_tests("sample", folder, "temperatures or names_the_argument")
+    run(folder, "-c", SAMPLES)
 
 
 def own_tests(stem: str, folder: Path, which: str) -> None:

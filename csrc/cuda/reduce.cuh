@@ -5,10 +5,10 @@ namespace fastlm {
 
 // Replaces each v[i] by its sum over kThreads neighbouring threads, in a fixed order that gives
 // every one of them the same bits. kThreads is a power of two below 32 or a multiple of 32; above
-// 32 it is the block size and `shared` holds N * kThreads / 32 floats. All threads of the block
+// 32 it is the block size and `shared` holds N * kThreads / 32 numbers. All threads of the block
 // must call it.
-template <int kThreads, int N>
-__device__ inline void sum_over(float (&v)[N], float* shared) {
+template <int kThreads, class S, int N>
+__device__ inline void sum_over(S (&v)[N], S* shared) {
   constexpr int kWidth = kThreads < 32 ? kThreads : 32;
 #pragma unroll
   for (int offset = kWidth / 2; offset > 0; offset /= 2) {
@@ -26,27 +26,32 @@ __device__ inline void sum_over(float (&v)[N], float* shared) {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      v[i] = 0.0f;
+      v[i] = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) v[i] += shared[i * kWarps + w];
     }
   }
 }
 
-// The largest x of a block of kThreads threads, a multiple of 32; `shared` holds one float per
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline unsigned long long larger(unsigned long long a, unsigned long long b) {
+  return a > b ? a : b;
+}
+
+// The largest x of a block of kThreads threads, a multiple of 32; `shared` holds one number per
 // warp.
-template <int kThreads>
-__device__ inline float max_over(float x, float* shared) {
+template <int kThreads, class S>
+__device__ inline S max_over(S x, S* shared) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    x = larger(x, __shfl_xor_sync(0xffffffffu, x, offset));
   }
   __syncthreads();  // the last call's readers are done
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
   __syncthreads();
   x = shared[0];
 #pragma unroll
-  for (int w = 1; w < kThreads / 32; ++w) x = fmaxf(x, shared[w]);
+  for (int w = 1; w < kThreads / 32; ++w) x = larger(x, shared[w]);
   return x;
 }
 

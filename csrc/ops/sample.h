@@ -23,4 +23,10 @@ struct SampleKernels {
   bool (*forward)(const Sample&, int64_t row, float* scratch);
 };
 
+// Launcher of csrc/cuda/sample.cu: queues one kernel on a cudaStream_t, returns a cudaError_t. A
+// row that has no distribution gets the token -1.
+namespace cuda {
+int sample(const Sample& args, void* stream);
+}  // namespace cuda
+
 }  // namespace fastlm

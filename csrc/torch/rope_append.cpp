@@ -29,10 +29,6 @@ void check_places(const RopeAppendArgs& a) {
   }
 }
 
-std::optional<Tensor> unit_stride(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(fastlm::unit_stride(*t)) : std::nullopt;
-}
-
 Tensor rope_append(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                    const std::optional<Tensor>& cos_, const std::optional<Tensor>& sin_,
                    const Tensor& k_cache, const Tensor& v_cache,
@@ -40,8 +36,8 @@ Tensor rope_append(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                    const std::optional<Tensor>& table_, const std::optional<Tensor>& q_weight_,
                    const std::optional<Tensor>& k_weight_, int64_t rotary, bool interleaved,
                    double eps, double offset) {
-  const Tensor q = fastlm::unit_stride(q_), k = fastlm::unit_stride(k_);
-  const Tensor v = fastlm::unit_stride(v_);
+  const Tensor q = unit_stride(q_), k = unit_stride(k_);
+  const Tensor v = unit_stride(v_);
   const auto cos = unit_stride(cos_), sin = unit_stride(sin_);
   const auto lengths = dense(lengths_), table = dense(table_);
   const auto q_weight = dense(q_weight_), k_weight = dense(k_weight_);

@@ -20,6 +20,10 @@ struct RopeAppendTensors {
   double eps, offset;
 };
 
+inline std::optional<Tensor> unit_stride(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(unit_stride(*t)) : std::nullopt;
+}
+
 inline bool is_integral(const std::optional<Tensor>& t) {
   return !t || t->scalar_type() == ScalarType::Long || t->scalar_type() == ScalarType::Int;
 }
@@ -77,9 +81,9 @@ inline RopeAppendArgs rope_append_arguments(const RopeAppendTensors& x, const Te
   }
   a.places = x.cos ? x.cos->size(0) : std::numeric_limits<int64_t>::max();
   a.q = q.const_data_ptr(), a.k = k.const_data_ptr(), a.v = v.const_data_ptr();
-  a.out = const_cast<void*>(out.const_data_ptr());
-  a.k_cache = const_cast<void*>(keys.const_data_ptr());
-  a.v_cache = const_cast<void*>(values.const_data_ptr());
+  a.out = out.mutable_data_ptr();
+  a.k_cache = keys.mutable_data_ptr();
+  a.v_cache = values.mutable_data_ptr();
   a.q_batch = q.stride(0), a.q_head = q.stride(1), a.q_token = q.stride(2);
   a.k_batch = k.stride(0), a.k_head = k.stride(1), a.k_token = k.stride(2);
   a.v_batch = v.stride(0), a.v_head = v.stride(1), a.v_token = v.stride(2);

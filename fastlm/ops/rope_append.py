@@ -26,7 +26,12 @@ def _unsupported(dtype: torch.dtype, *, head: int) -> list[str]:
     return reasons
 
 
-register(_OP, Backend("cpu", ("cpu",), _unsupported), triton(_unsupported))
+register(
+    _OP,
+    Backend("cuda", ("cuda",), _unsupported),
+    Backend("cpu", ("cpu",), _unsupported),
+    triton(_unsupported),
+)
 
 
 def _fake(

@@ -12,10 +12,9 @@ from fastlm.ops._registry import Backend, choose, native, register
 
 _OP = "sample"
 
-register(
-    _OP,
-    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16, torch.float16)),
-)
+_NATIVE = native(torch.float32, torch.bfloat16, torch.float16)
+
+register(_OP, Backend("cuda", ("cuda",), _NATIVE), Backend("cpu", ("cpu",), _NATIVE))
 
 _forward = define(
     "sample(Tensor logits, Tensor uniform, float temperature, int top_k, float top_p, float min_p)"

@@ -50,7 +50,7 @@ struct Block {
   };
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
-  std::vector<float> exchange;  // one value per thread, for shuffles
+  std::vector<uint64_t> exchange;  // one value per thread, for shuffles
   Barrier all;
   jmp_buf scheduler;
   unsigned current = 0;
@@ -143,26 +143,38 @@ void launch(const F& kernel, unsigned grid, unsigned threads, int = 0, cudaStrea
 
 inline void __syncthreads() { emulator::wait(emulator::block->all, blockDim.x); }
 
-inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
+namespace emulator {
+
+// What the lane of another number in the warp holds.
+template <class T>
+T exchange(unsigned mask, T value, unsigned lane) {
   if (mask != 0xffffffffu) abort();
   const unsigned self = threadIdx.x;
-  emulator::Barrier& warp = emulator::block->warps[self / 32];
-  emulator::block->exchange[self] = value;
-  emulator::wait(warp, 32);
-  const float other = emulator::block->exchange[self ^ static_cast<unsigned>(lanes)];
-  emulator::wait(warp, 32);
+  Barrier& warp = block->warps[self / 32];
+  __builtin_memcpy(&block->exchange[self], &value, sizeof value);
+  wait(warp, 32);
+  T other;
+  __builtin_memcpy(&other, &block->exchange[self / 32 * 32 + lane % 32], sizeof other);
+  wait(warp, 32);
   return other;
 }
 
-inline float __shfl_sync(unsigned mask, float value, int lane) {
-  if (mask != 0xffffffffu) abort();
-  const unsigned self = threadIdx.x;
-  emulator::Barrier& warp = emulator::block->warps[self / 32];
-  emulator::block->exchange[self] = value;
-  emulator::wait(warp, 32);
-  const float other = emulator::block->exchange[self / 32 * 32 + static_cast<unsigned>(lane)];
-  emulator::wait(warp, 32);
-  return other;
+}  // namespace emulator
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return emulator::exchange(mask, value, threadIdx.x % 32 ^ static_cast<unsigned>(lanes));
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return emulator::exchange(mask, value, static_cast<unsigned>(lane));
+}
+
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned lanes) {
+  const unsigned self = threadIdx.x % 32;
+  return emulator::exchange(mask, value, self < lanes ? self : self - lanes);
 }
 
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
@@ -179,6 +191,16 @@ inline float __uint_as_float(unsigned bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline unsigned long long __float2ull_rn(float value) {
+  return static_cast<unsigned long long>(llrintf(value));
 }
 
 inline void __stwb(uint4* p, uint4 value) { *p = value; }
