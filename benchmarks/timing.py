@@ -44,15 +44,23 @@ class Times:
 
 
 def interleave(
-    variants: Mapping[str, Sequence[Thunk]], seconds: float, *, realtime: bool = False
+    variants: Mapping[str, Sequence[Thunk]],
+    seconds: float,
+    *,
+    realtime: bool = False,
+    within: Callable[[str], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> dict[str, Times]:
     """Times each variant; the thunks of a variant are called in rotation.
 
     Runs for about `seconds`, up to twice that while too many samples are disturbed.
-    `realtime` raises the threads' priority during a sample (needs the right to do so).
+    `realtime` raises the threads' priority during a sample (needs the right to do so). `within`
+    makes the context that a variant, by its name, is called in.
     """
     turns = {name: itertools.cycle(thunks) for name, thunks in variants.items()}
-    calls = {name: _calibrate(turns[name], len(variants[name]), realtime) for name in variants}
+    calls = {}
+    for name in variants:
+        with within(name):
+            calls[name] = _calibrate(turns[name], len(variants[name]), realtime)
     clean: dict[str, list[float]] = {name: [] for name in variants}
     spoilt: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     names = list(variants)
@@ -60,7 +68,8 @@ def interleave(
     with _no_collection():
         for turn in itertools.count():
             for name in names if turn % 2 == 0 else reversed(names):
-                wall, waited = _sample(turns[name], calls[name], realtime)
+                with within(name):
+                    wall, waited = _sample(turns[name], calls[name], realtime)
                 if waited > WAITED * wall:
                     spoilt[name].append((waited / wall, wall / calls[name]))
                 else:

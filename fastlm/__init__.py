@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 if settings.keep_memory():
     keep_freed_memory()
+if settings.tuning():
+    importlib.import_module("fastlm.tune").install()
 
 _MODULES = ("hf", "models", "nn")
 _FUNCTIONS = {"Patch": "fastlm.hf", "patch": "fastlm.hf", "verify": "fastlm.hf"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastlm import ops
-from fastlm.ops import _registry
+from fastlm.ops import _measured, _registry
 from fastlm.ops._registry import Verdict
 
 _DEVICES = ("cpu", "cuda")
@@ -87,9 +87,20 @@ def _listing(asked: str) -> str:
         for backend in _registry.backends(name):
             reasons = _registry.absent(name, backend, device)
             lines.append(f"  {backend.name:<10}{'; '.join(reasons) or 'here'}")
+        lines += _table(name, device)
     if _registry.forced() is not None:
         lines.append(f"forced: {_registry.forced()}")
     return "\n".join(lines)
+
+
+def _table(stem: str, device: str) -> list[str]:
+    """What `fastlm tune` has measured of an operator here, and why other figures are not used."""
+    lines = [
+        f"  {entry}: {sizes} ({facts})"
+        for facts, classes in _measured.verdicts(device).get(stem, {}).items()
+        for sizes, entry in classes.items()
+    ]
+    return lines + [f"  {why}" for why in _measured.stale(stem, device)]
 
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -113,6 +124,10 @@ def describe(verdict: Verdict) -> str:
     lines = [f"{verdict.stem} on {', '.join(facts)}: {verdict.chosen}"]
     lines += [f"  {name:<10}{'; '.join(reasons)}" for name, reasons in verdict.refused.items()]
     lines += [f"  {name:<10}could run too, stands behind" for name in verdict.idle]
+    if verdict.tuned is not None:
+        lines.append(f"  {verdict.tuned} for {verdict.sizes}")
+    elif verdict.sizes:
+        lines += [f"  {why}" for why in _measured.stale(verdict.stem, verdict.device)]
     return "\n".join(lines)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from fastlm import _ext, ops
 from fastlm._version import __version__
 from fastlm.memory import allocator
 from fastlm.ops import _registry
+from fastlm.ops._measured import processor
 
 
 class Info(dict[str, Any]):
@@ -68,15 +67,6 @@ def _native() -> str:
         return f"none: {_ext.native_error}"
     built = _ext.native.build_info()
     return f"built with g++ {built['compiler']} against torch {built['torch']}"
-
-
-def processor() -> str:
-    """The processor's own name."""
-    try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
 
 
 def _gpus() -> list[str]:

@@ -11,6 +11,11 @@ FASTLM_GRAPHS      ``0``: ``Decoder.generate`` launches the kernels of a step on
                    GPU, instead of as one CUDA graph.
 FASTLM_MALLOC      ``keep`` tells glibc to keep freed memory (`fastlm.keep_freed_memory`).
 FASTLM_QUIET       ``1`` silences the one warning given when no native kernels are present.
+FASTLM_TUNE        ``1``: the first call of each class of calls that no table holds times the
+                   implementations that can run it and keeps the winner (`fastlm.tune`).
+FASTLM_TUNE_FILE   Where the table of measured winners lies (``fastlm tune``); ``none``: no table
+                   is read or written. By default ``fastlm/tuned.json`` in XDG_CACHE_HOME, which
+                   is ``~/.cache`` where it is not set.
 TRITON_INTERPRET   Triton's own: ``1`` runs its kernels in Python, slowly. The backend
                    ``triton`` then serves CPU tensors too; the tests use it.
 =================  ==========================================================================
@@ -23,6 +28,7 @@ Read by the build only (``build_support/native.py``): ``FASTLM_CUDA`` (``0``, ``
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")
 
@@ -54,6 +60,22 @@ def no_graphs() -> bool:
 def quiet() -> bool:
     """Whether the warning about missing native kernels is off."""
     return os.environ.get("FASTLM_QUIET") == "1"
+
+
+def tuning() -> bool:
+    """Whether calls that no table of measured winners knows are measured as they come."""
+    return os.environ.get("FASTLM_TUNE") == "1"
+
+
+def tune_file() -> Path | None:
+    """Where the table of measured winners lies; None: nowhere."""
+    named = os.environ.get("FASTLM_TUNE_FILE")
+    if named == "none":
+        return None
+    if named:
+        return Path(named).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "fastlm" / "tuned.json"
 
 
 def interpreted() -> bool:

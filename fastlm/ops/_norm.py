@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import _checks
+from fastlm.ops._measured import direction, rows
 from fastlm.ops._registry import Unsupported, native
 
 _TYPES = native(torch.float32, torch.bfloat16, torch.float16)
@@ -32,6 +33,17 @@ def unsupported(
 def cuda_unsupported(dtype: torch.dtype, **facts: torch.dtype | None) -> list[str]:
     """Why a CUDA kernel cannot: they have no fp16."""
     return unsupported(dtype, **facts, types=_CUDA)
+
+
+def torch_unsupported(dtype: torch.dtype, **facts: torch.dtype | None) -> list[str]:
+    """Why PyTorch's kernels cannot."""
+    others = {name: other for name, other in facts.items() if other not in (None, dtype)}
+    return [f"takes a {name} of {dtype}, not {other}" for name, other in others.items()]
+
+
+def size_class(shape: torch.Size, residual: bool, grad: bool) -> str:
+    """The class of a call's sizes: "9-16 x 4096 + residual, with gradients"."""
+    return rows(shape) + (" + residual" if residual else "") + direction(grad)
 
 
 def check(op: str, x: Tensor, residual: Tensor | None, **vectors: Tensor | None) -> None:

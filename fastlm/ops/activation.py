@@ -9,18 +9,26 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
-from fastlm.ops import _checks
+from fastlm.ops import _checks, _torch
 from fastlm.ops._library import by_backend, define, direct, needs_grad
-from fastlm.ops._registry import Backend, choose, memory, native, register, remember, triton
+from fastlm.ops._measured import direction, rows
+from fastlm.ops._registry import Backend, memory, native, plain, register, settle, triton
 
 # in the order of csrc/ops/activation_kind.h
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+def _size_class(kind: str, form: str, shape: torch.Size, grad: bool) -> str:
+    return f"{form}{kind} {rows(shape)}{direction(grad)}"
+
 
 register(
     "activation",
     Backend("cuda", ("cuda",), native(torch.float32, torch.bfloat16)),
     Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16, torch.float16)),
     triton(native(torch.float32, torch.bfloat16, torch.float16)),
+    plain(native(*_checks.FLOATS)),
+    classes=_size_class,
 )
 
 
@@ -100,8 +108,9 @@ _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 _chosen = memory()
 
 
-def _choose(x: Tensor) -> str:
-    return remember(_chosen, (x.is_cpu or x.device, x.dtype), choose("activation", x))
+def _choose(x: Tensor, kind: str, form: str = "", up: Tensor | None = None) -> str:
+    sizes = kind, form, x.shape, needs_grad(x, up)
+    return settle("activation", _chosen, (x.is_cpu or x.device, x.dtype), x, sizes)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
@@ -124,11 +133,13 @@ def activation(x: Tensor, kind: str) -> Tensor:
     (relu2).
     """
     try:
-        backend = _chosen.get((x.is_cpu or x.device, x.dtype)) or _choose(x)
-        if backend != "reference":
+        backend = _chosen.get((x.is_cpu or x.device, x.dtype)) or _choose(x, kind)
+        if backend in _FORWARD:
             if is_grad_enabled() and x.requires_grad:
                 return _Activation.apply(x, _NUMBERS[kind], backend)
             return (_FORWARD if is_dynamo_compiling() else _DIRECT)[backend](x, _NUMBERS[kind])
+        if backend == "torch" and kind in _NUMBERS:
+            return _torch.activation(x, kind)
     except (AttributeError, KeyError, TypeError):
         _check("activation", x, kind)  # names the argument at fault
         raise
@@ -157,14 +168,18 @@ def gated_activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     Source: Shazeer, arXiv:2002.05202.
     """
     try:
-        backend = _chosen.get((gate.is_cpu or gate.device, gate.dtype)) or _choose(gate)
-        if backend != "reference":
+        backend = _chosen.get((gate.is_cpu or gate.device, gate.dtype))
+        if backend is None:
+            backend = _choose(gate, kind, "packed " if up is None else "gated ", up)
+        if backend in _FORWARD:
             if up is None:
                 return _packed_halves(gate, kind, backend)
             if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
                 return _GatedActivation.apply(gate, up, _NUMBERS[kind], backend)
             run = (_GATED if is_dynamo_compiling() else _GATED_DIRECT)[backend]
             return run(gate, up, _NUMBERS[kind])
+        if backend == "torch" and kind in _NUMBERS:
+            return _torch.gated_activation(gate, up, kind)
     except (AttributeError, KeyError, TypeError, RuntimeError):
         _check_gated(gate, up, kind)  # names the argument at fault
         raise

@@ -12,8 +12,10 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
+from fastlm.ops._attention_checks import check, check_options, check_packed
 from fastlm.ops._library import by_backend, define, direct, needs_grad
-from fastlm.ops._registry import Backend, choose, memory, native, register, remember, triton
+from fastlm.ops._measured import direction, power
+from fastlm.ops._registry import Backend, memory, native, register, settle, triton
 
 _NATIVE = native(torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,12 +57,22 @@ def _torch_unsupported(dtype: torch.dtype, *, form: str, options: tuple[str, ...
     return reasons
 
 
+def _size_class(q: torch.Size, k: torch.Size, value: int, grad: bool) -> str:
+    *batch, heads, rows, head = q if len(q) == 4 else (q[1], q[0], q[2])
+    kv_heads, keys = k[-3:-1] if len(k) == 4 else (k[1], k[0])
+    tokens = power(rows) if rows == keys else f"{power(rows)} of {power(keys)}"
+    many = f"{power(batch[0])} x " if batch else "packed, "
+    width = head if head == value else f"{head}/{value}"
+    return f"{many}{heads}/{kv_heads} heads, {tokens} tokens x {width}{direction(grad)}"
+
+
 _OURS = ("window", "softcap", "alibi_slopes", "sinks", "return_lse")
 register(
     "attention",
     Backend("cpu", ("cpu",), _cpu_unsupported),
     Backend("torch", (), _torch_unsupported),
     triton(_triton_unsupported),
+    classes=_size_class,
 )
 
 _ARGUMENTS = (
@@ -271,24 +283,24 @@ def attention(
         try:
             out = _plain(q, k, v, causal, scale, return_lse)
         except (ArithmeticError, AttributeError, IndexError, RuntimeError):
-            _check(q, k, v)  # the kernel refused: say which argument
+            check(q, k, v)  # the kernel refused: say which argument
             raise
         if out is not None:
             return out
     if cu_seqlens_q is None:
-        _check(q, k, v)
+        check(q, k, v)
         form = "square" if q.shape[2] == k.shape[2] else "oblong"
         if cu_seqlens_k is not None:
             raise _checks.fail("attention", "cu_seqlens_k", "given with cu_seqlens_q", "alone")
     else:
-        _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, mask)
+        check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, mask)
         form = "packed"
     options: tuple[str, ...] = ("causal",) if causal else ()
     if return_lse:
         options += ("return_lse",)
     if not (window is softcap is alibi_slopes is sinks is mask is None):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        _check_options(q, k, batch, window, softcap, alibi_slopes, sinks, mask)
+        check_options(q, k, batch, window, softcap, alibi_slopes, sinks, mask)
         options += _given(window, softcap, alibi_slopes, sinks, mask)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -298,7 +310,8 @@ def attention(
     if max(q.shape[-1], v.shape[-1]) > _MAX_HEAD:
         options += ("large head",)
 
-    backend = choose("attention", q, form=form, options=options)
+    key = (q.is_cpu or q.device, q.dtype, form, options)
+    backend = _chosen.get(key) or _choose(key, q, k, v, mask, sinks, form, options)
     if backend in ("cpu", "triton"):
         numbers = (causal, window or 0, scale, softcap or 0.0)
         slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
@@ -353,13 +366,27 @@ def _plain(
     backend = _chosen.get(key)
     if backend is None:
         form, options = "square" if square else "oblong", ("causal",) if causal else ()
-        backend = remember(_chosen, key, choose("attention", q, form=form, options=options))
+        backend = _choose(key, q, k, v, None, None, form, options)
     if backend != "cpu":
         return None
     numbers = (causal, 0, q.shape[3] ** -0.5 if scale is None else scale, 0.0)
     if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, *_NONE, numbers, False, "cpu", True)
     return (_forward if is_dynamo_compiling() else _forward_direct)(q, k, v, *_NONE, *numbers)
+
+
+def _choose(
+    key: tuple[Any, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    form: str,
+    options: tuple[str, ...],
+) -> str:
+    sizes = q.shape, k.shape, v.shape[-1], needs_grad(q, k, v, mask, sinks)
+    return settle("attention", _chosen, key, q, sizes, form=form, options=options)
 
 
 def _given(
@@ -390,109 +417,3 @@ def _given(
         if needs_grad(mask):
             names.append("gradient of mask")
     return tuple(names)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-        a, b, c = q.shape, k.shape, v.shape
-        if (
-            len(a) == len(b) == len(c) == 4
-            and a[0] == b[0] == c[0]
-            and b[1] == c[1] > 0
-            and a[1] % b[1] == 0
-            and b[2] == c[2]
-            and a[3] == b[3] > 0
-            and q.dtype == k.dtype == v.dtype
-            and q.dtype in _checks.FLOATS
-            and q.device == k.device == v.device
-        ):
-            return
-    _explain(q, k, v, 4)
-
-
-def _explain(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
-    """Raises the error that names what does not fit."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _checks.floating("attention", name, x)
-        _checks.rank("attention", name, x, rank)
-    for name, x in (("k", k), ("v", v)):
-        _checks.same_dtype("attention", name, x, q)
-        _checks.same_device("attention", name, x, q)
-    batch, (hq, _), (hkv, tk) = q.shape[:-3], q.shape[-3:-1], k.shape[-3:-1]
-    if rank == 3:
-        (tk, hkv), hq = k.shape[:2], q.shape[1]
-    if hkv == 0 or hq % hkv:
-        raise _checks.fail("attention", "k", f"of a head count that divides {hq}", f"{hkv} heads")
-    if q.shape[-1] == 0:
-        raise _checks.fail("attention", "q", "of a head size of 1 or more", list(q.shape))
-    keys = (hkv, tk) if rank == 4 else (tk, hkv)
-    _checks.shape("attention", "k", k, (*batch, *keys, q.shape[-1]))
-    _checks.shape("attention", "v", v, (*batch, *keys, v.shape[-1]))
-
-
-def _check_packed(
-    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor | None, mask: Tensor | None
-) -> None:
-    _explain(q, k, v, 3)
-    if mask is not None:
-        raise _checks.fail("attention", "mask", "None for packed sequences", "a mask")
-    for name, starts in (("cu_seqlens_q", starts_q), ("cu_seqlens_k", starts_k)):
-        if starts is None:
-            continue
-        _checks.tensor("attention", name, starts)
-        if starts.dtype != torch.int32:
-            raise _checks.fail("attention", name, "of torch.int32", starts.dtype)
-        _checks.rank("attention", name, starts, 1)
-        _checks.same_device("attention", name, starts, q)
-        if starts.shape[0] < 1:
-            raise _checks.fail("attention", name, "of one element or more", list(starts.shape))
-    if starts_k is not None:
-        _checks.shape("attention", "cu_seqlens_k", starts_k, starts_q.shape)
-    if torch.compiler.is_compiling() or q.device.type != "cpu":
-        return  # their values are known to the device only
-    _check_starts("cu_seqlens_q", starts_q.tolist(), q.shape[0])
-    name = "cu_seqlens_q" if starts_k is None else "cu_seqlens_k"
-    _check_starts(name, (starts_q if starts_k is None else starts_k).tolist(), k.shape[0])
-
-
-def _check_starts(name: str, starts: list[int], total: int) -> None:
-    if starts[0] != 0 or starts[-1] != total or starts != sorted(starts):
-        raise _checks.fail("attention", name, f"rising from 0 to {total}", starts)
-
-
-def _check_options(
-    q: Tensor,
-    k: Tensor,
-    batch: int,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    mask: Tensor | None,
-) -> None:
-    if window is not None and window < 1:
-        raise _checks.fail("attention", "window", "1 or more", window)
-    if softcap is not None:
-        _checks.positive("attention", "softcap", softcap)
-    heads = q.shape[1]
-    if alibi_slopes is not None:
-        _checks.floating("attention", "alibi_slopes", alibi_slopes)
-        _checks.same_device("attention", "alibi_slopes", alibi_slopes, q)
-        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-            wanted = f"[{heads}] or [{batch}, {heads}]"
-            raise _checks.fail("attention", "alibi_slopes", wanted, list(alibi_slopes.shape))
-    if sinks is not None:
-        _checks.floating("attention", "sinks", sinks)
-        _checks.same_device("attention", "sinks", sinks, q)
-        _checks.shape("attention", "sinks", sinks, (heads,))
-    if mask is not None:
-        _checks.tensor("attention", "mask", mask)
-        if mask.dtype != torch.bool and mask.dtype not in _checks.FLOATS:
-            raise TypeError(f"attention: mask must be bool or floating-point, got {mask.dtype}")
-        _checks.same_device("attention", "mask", mask, q)
-        full = (*q.shape[:3], k.shape[2])
-        shape = mask.shape
-        if len(shape) > 4 or any(
-            n not in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False)
-        ):
-            raise _checks.fail("attention", "mask", f"broadcastable to {list(full)}", list(shape))

@@ -12,20 +12,41 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import _ext, reference
-from fastlm.ops import _checks
+from fastlm.ops import _checks, _torch
 from fastlm.ops._library import by_backend, define, direct, needs_grad
-from fastlm.ops._registry import Backend, choose, memory, native, register, remember, triton
+from fastlm.ops._measured import direction, rows
+from fastlm.ops._registry import Backend, memory, native, plain, register, settle, triton
 
 REDUCTIONS = ("none", "mean", "sum")
 NUMBER = {name: number for number, name in enumerate(REDUCTIONS)}
 NONE, MEAN, SUM = range(3)
 ONE = torch.ones((), device="cpu")
 
+
+def torch_unsupported(dtype: torch.dtype, *, options: tuple[str, ...]) -> list[str]:
+    """What F.cross_entropy lacks."""
+    return [f"has no {name}" for name in options]
+
+
+def torch_lacks(
+    z_loss: float, softcap: float | None, token_weight: Tensor | None
+) -> tuple[str, ...]:
+    """The options of a call that F.cross_entropy has not, as the chooser sees them."""
+    given = {"z_loss": z_loss, "softcap": softcap, "token_weight": token_weight is not None}
+    return tuple(name for name, value in given.items() if value)
+
+
+def _size_class(lacks: tuple[str, ...], shape: torch.Size, reduction: str, grad: bool) -> str:
+    return rows(shape) + (", per token" if reduction == "none" else "") + direction(grad)
+
+
 register(
     "cross_entropy",
     Backend("cuda", ("cuda",), native(torch.float32, torch.bfloat16)),
     Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16, torch.float16)),
     triton(native(torch.float32, torch.bfloat16)),
+    plain(torch_unsupported),
+    classes=_size_class,
 )
 
 
@@ -237,8 +258,12 @@ def cross_entropy(
     """
     try:
         key = (logits.is_cpu or logits.device, logits.dtype)
-        backend = _chosen.get(key) or _choose(key, logits)
-        if backend != "reference" and (
+        backend = _chosen.get(key)
+        if backend is None:
+            lacks = torch_lacks(z_loss, softcap, token_weight)
+            sizes = logits.shape, reduction, needs_grad(logits)
+            backend = settle("cross_entropy", _chosen, key, logits, (lacks, *sizes), options=lacks)
+        if backend in _CROSS_ENTROPY and (
             weight is None is token_weight or _plain(weight, token_weight)
         ):
             # the binding checks shapes and (on CPU) targets, for calls of a few microseconds
@@ -264,11 +289,21 @@ def cross_entropy(
                 return _Reduced.apply(logits, backend, args)
             op = (_CROSS_ENTROPY if is_dynamo_compiling() else _DIRECT)[backend]
             return op(logits, *args, False)[0]
+        if backend == "torch" and weight is None and target.shape == logits.shape[:-1]:
+            return _torch.cross_entropy(
+                logits,
+                target,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                reduction=reduction,
+            )
     except Exception as error:
         _check(logits, target, weight, token_weight, label_smoothing, softcap, reduction)
+        if isinstance(error, IndexError):  # PyTorch's own, which does not say where
+            check_targets("cross_entropy", target, logits.shape[-1], ignore_index)
         raise _target_error(error) from None
     _check(logits, target, weight, token_weight, label_smoothing, softcap, reduction)
-    if backend != "reference":
+    if backend in _CROSS_ENTROPY:
         weight = None if weight is None else weight.float().contiguous()
         token_weight = None if token_weight is None else token_weight.float().contiguous()
         return cross_entropy(
@@ -283,7 +318,7 @@ def cross_entropy(
             reduction=reduction,
         )
     check_targets("cross_entropy", target, logits.shape[-1], ignore_index)
-    return reference.cross_entropy(
+    return (_torch if backend == "torch" else reference).cross_entropy(
         logits,
         target,
         weight=weight,
@@ -297,10 +332,6 @@ def cross_entropy(
 
 
 _chosen = memory()
-
-
-def _choose(key: tuple[Any, ...], logits: Tensor) -> str:
-    return remember(_chosen, key, choose("cross_entropy", logits))
 
 
 def _plain(*weights: Tensor | None) -> bool:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
-from fastlm.ops import _checks
+from fastlm.ops import _checks, _torch
 from fastlm.ops._library import by_backend, define, direct, needs_grad
-from fastlm.ops._registry import Backend, choose, native, register, triton
+from fastlm.ops._measured import power
+from fastlm.ops._registry import Backend, memory, native, plain, register, settle, triton
 from fastlm.ops.linear import autocast
 
 _NATIVE = native(torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD = 256
 
 
-def _unsupported(dtype: torch.dtype, *, head: int, grad: bool) -> list[str]:
+def _unsupported(dtype: torch.dtype, *, head: int, grad: bool, plain: bool = True) -> list[str]:
     reasons = _NATIVE(dtype)
     if head > _MAX_HEAD:
         reasons.append(f"takes heads of at most {_MAX_HEAD} elements, not {head}")
@@ -27,7 +29,25 @@ def _unsupported(dtype: torch.dtype, *, head: int, grad: bool) -> list[str]:
     return reasons
 
 
-register("decode_attention", Backend("cpu", ("cpu",), _unsupported), triton(_unsupported))
+def _torch_unsupported(
+    dtype: torch.dtype, *, head: int, grad: bool, plain: bool = True
+) -> list[str]:
+    return [] if plain else ["takes one query, one length for all and no other options"]
+
+
+def _size_class(q: torch.Size, kv_heads: int, keys: int, *rest: Any) -> str:
+    batch, heads, queries, size = q
+    new = "" if queries == 1 else f"{queries} queries, "
+    return f"{power(batch)} x {heads}/{kv_heads} heads, {new}{power(keys)} keys x {size}"
+
+
+register(
+    "decode_attention",
+    Backend("cpu", ("cpu",), _unsupported),
+    triton(_unsupported),
+    plain(_torch_unsupported),
+    classes=_size_class,
+)
 
 
 def _decode_fake(
@@ -125,11 +145,17 @@ def decode_attention(
         size = q.shape[-1]
         grad = needs_grad(q, k_cache, v_cache, alibi_slopes, sinks, mask, k_scale, v_scale)
         head = max(size, v_cache.shape[-1])
-        backend = choose("decode_attention", q, head=head, grad=grad)
+        key = (q.is_cpu or q.device, q.dtype, head, grad)
+        backend = _chosen.get(key)
+        if backend is None:
+            options = (block_table, window, softcap, alibi_slopes, sinks, mask, k_scale, v_scale)
+            backend = _choose(key, q, k_cache, lengths, all(x is None for x in options))
         if scale is None:
             scale = size**-0.5
         if backend != "cpu":
             _check(*given)  # the CPU's binding does it itself, for calls of a few microseconds
+        if backend == "torch":
+            return _torch.decode_attention(q, k_cache, v_cache, lengths, scale=scale)  # type: ignore[arg-type]
         if backend != "reference":
             many, one = (lengths, 0) if isinstance(lengths, Tensor) else (None, lengths)
             slopes = None if alibi_slopes is None else alibi_slopes.float()
@@ -159,6 +185,20 @@ def decode_attention(
         k_scale=k_scale,
         v_scale=v_scale,
     )
+
+
+_chosen = memory()
+
+
+def _choose(
+    key: tuple[Any, ...], q: Tensor, k_cache: Tensor, lengths: Tensor | int, simple: bool
+) -> str:
+    plain = simple and q.shape[2] == 1 and isinstance(lengths, int) and lengths > 0
+    keys = lengths if isinstance(lengths, int) else k_cache.shape[2]
+    _, _, head, grad = key
+    facts = {"head": head, "grad": grad} | ({} if plain else {"plain": False})
+    sizes = q.shape, k_cache.shape[1], keys, plain
+    return settle("decode_attention", _chosen, key, q, sizes, **facts)
 
 
 def _check(

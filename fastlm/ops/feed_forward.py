@@ -11,8 +11,9 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.ops import _checks
 from fastlm.ops._library import by_backend, define, needs_grad
+from fastlm.ops._measured import direction, power
 from fastlm.ops._product import grad_w, grad_x, own
-from fastlm.ops._registry import Backend, absent, choose, native, register, triton
+from fastlm.ops._registry import Backend, absent, memory, native, register, settle, triton
 from fastlm.ops.activation import KINDS as KINDS
 from fastlm.ops.linear import as_matrix, autocast, cpu_slower, size_of
 from fastlm.ops.linear import check as check_linear
@@ -34,11 +35,17 @@ def _torch_slower(dtype: torch.dtype, **facts: Any) -> list[str]:
     return ["the compiler fuses PyTorch's own activation"] if compiling else []
 
 
+def _size_class(x: torch.Size, w_in: torch.Size, outputs: int, gated: bool, grad: bool) -> str:
+    rows, form = power(x[:-1].numel()), "gated " if gated else ""
+    return f"{form}{rows} x {x[-1]} x {w_in[0]} x {outputs}{direction(grad)}"
+
+
 register(
     "feed_forward",
     Backend("cpu", ("cpu",), _NATIVE, cpu_slower),
     Backend("torch", ("cpu",), _torch_unsupported, _torch_slower),  # its products, our activation
     triton(_triton_unsupported, _torch_slower),
+    classes=_size_class,
 )
 
 
@@ -233,9 +240,15 @@ def feed_forward(
                 x, w_in, w_out, w_gate, b_in, b_out, b_gate
             )
         transposed = not (w_in.is_contiguous() and w_out.is_contiguous())
-        backend = choose("feed_forward", x, rows=size_of(x), transposed=transposed)
+        key = (x.is_cpu or x.device, x.dtype, size_of(x), transposed)
         args = x, w_in, w_out, w_gate, b_in, b_out, b_gate
-        if backend == "cpu" and not needs_grad(*args):
+        grad = needs_grad(*args)
+        backend = _chosen.get(key)
+        if backend is None:
+            sizes = x.shape, w_in.shape, w_out.shape[0], w_gate is not None, grad
+            facts = {"rows": key[2], "transposed": transposed}
+            backend = settle("feed_forward", _chosen, key, x, sizes, **facts)
+        if backend == "cpu" and not grad:
             # the binding checks the shapes, for calls of a few microseconds
             return _forward(*args, _NUMBER[activation])
     except Exception:
@@ -253,11 +266,14 @@ def feed_forward(
             b_gate=b_gate,
             activation=activation,
         )
-    if needs_grad(*args):
+    if grad:
         return _FeedForward.apply(*args, activation, backend)
     if backend == "triton":
         return _FORWARD[backend](*args, _NUMBER[activation])
     return _by_library(*args, _NUMBER[activation])
+
+
+_chosen = memory()
 
 
 def _check(

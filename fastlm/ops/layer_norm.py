@@ -9,15 +9,26 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
+from fastlm.ops import _torch
 from fastlm.ops._library import by_backend, define, direct, needs_grad
-from fastlm.ops._norm import check, cuda_unsupported, empty_like, empty_vector, unsupported
-from fastlm.ops._registry import Backend, choose, memory, register, remember, triton
+from fastlm.ops._norm import (
+    check,
+    cuda_unsupported,
+    empty_like,
+    empty_vector,
+    size_class,
+    torch_unsupported,
+    unsupported,
+)
+from fastlm.ops._registry import Backend, memory, plain, register, settle, triton
 
 register(
     "layer_norm",
     Backend("cuda", ("cuda",), cuda_unsupported),
     Backend("cpu", ("cpu",), unsupported),
     triton(unsupported),
+    plain(torch_unsupported),
+    classes=size_class,
 )
 
 _forward = define(
@@ -141,10 +152,12 @@ def layer_norm(
             weight is None or weight.dtype,
             bias is None or bias.dtype,
         )
-        backend = _chosen.get(key) or _choose(key, x, weight, bias)
-        if backend == "reference":
-            check("layer_norm", x, residual, weight=weight, bias=bias)
-            return reference.layer_norm(x, weight, bias, eps, residual=residual)
+        backend = _chosen.get(key) or _choose(key, x, weight, bias, residual)
+        if backend not in _FORWARD:
+            if backend == "reference":
+                check("layer_norm", x, residual, weight=weight, bias=bias)
+            run = (_torch if backend == "torch" else reference).layer_norm
+            return run(x, weight, bias, eps, residual=residual)
         if residual is None:
             if is_grad_enabled() and needs_grad(x, weight, bias):
                 return _LayerNorm.apply(x, weight, bias, eps, backend)
@@ -162,11 +175,16 @@ def layer_norm(
 _chosen = memory()
 
 
-def _choose(key: tuple[Any, ...], x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
-    chosen = choose(
-        "layer_norm",
-        x,
-        weight=None if weight is None else weight.dtype,
-        bias=None if bias is None else bias.dtype,
-    )
-    return remember(_chosen, key, chosen)
+def _choose(
+    key: tuple[Any, ...],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> str:
+    sizes = x.shape, residual is not None, needs_grad(x, weight, bias, residual)
+    facts = {
+        "weight": None if weight is None else weight.dtype,
+        "bias": None if bias is None else bias.dtype,
+    }
+    return settle("layer_norm", _chosen, key, x, sizes, **facts)

@@ -12,8 +12,9 @@ from torch.compiler import is_dynamo_compiling
 from fastlm import reference
 from fastlm.ops import _checks
 from fastlm.ops._library import direct, needs_grad
+from fastlm.ops._measured import direction, power
 from fastlm.ops._product import FEW, SOME, grad_w, grad_x, own, winners
-from fastlm.ops._registry import Backend, choose, memory, native, register, remember
+from fastlm.ops._registry import Backend, memory, native, register, settle
 
 # How many rows a call has, as the chooser and explain see it.
 _FEW, _SOME, _MANY = f"up to {FEW}", f"up to {SOME}", f"over {SOME}"
@@ -35,10 +36,17 @@ def cpu_slower(dtype: torch.dtype, *, rows: str, transposed: bool) -> list[str]:
     return [] if (won.some if rows == _SOME else won.many) else [won.text]
 
 
+def size_class(inputs: torch.Size, weight: torch.Size, grad: bool, inside: str = "") -> str:
+    """The class of a call's sizes: "33-64 x 768 x 2048, with gradients"."""
+    rows = power(inputs[:-1].numel())
+    return f"{inside}{rows} x {inputs[-1]} x {weight[0]}{direction(grad)}"
+
+
 register(
     "linear",
     Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16), cpu_slower),
     Backend("torch", (), lambda dtype, **facts: []),
+    classes=size_class,
 )
 
 
@@ -84,7 +92,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             x, w, bias = autocast(x, w, bias)
         key = (x.is_cpu or x.device, x.dtype, size_of(x), w.is_contiguous())
-        backend = _chosen.get(key) or _choose(key, x)
+        backend = _chosen.get(key) or _choose(key, x, w, bias)
         if backend == "cpu":  # the binding checks the shapes, for calls of a few microseconds
             if is_grad_enabled() and needs_grad(x, w, bias):
                 return _Linear.apply(x, w, bias)
@@ -101,9 +109,9 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 _chosen, _own_direct = memory(), direct(own)
 
 
-def _choose(key: tuple[Any, ...], x: Tensor) -> str:
-    chosen = choose("linear", x, rows=key[2], transposed=not key[3])
-    return remember(_chosen, key, chosen)
+def _choose(key: tuple[Any, ...], x: Tensor, w: Tensor, bias: Tensor | None) -> str:
+    sizes = x.shape, w.shape, needs_grad(x, w, bias)
+    return settle("linear", _chosen, key, x, sizes, rows=key[2], transposed=not key[3])
 
 
 def size_of(x: Tensor) -> str:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.ops import _checks
+from fastlm.ops import _checks, _torch
 from fastlm.ops._library import by_backend, define, needs_grad
-from fastlm.ops._registry import Backend, choose, native, register, triton
+from fastlm.ops._measured import direction, power
+from fastlm.ops._registry import Backend, memory, native, register, settle, triton
 from fastlm.ops.cross_entropy import (
     NONE,
     NUMBER,
@@ -38,11 +39,18 @@ _OP = "linear_cross_entropy"
 # wants many rows; its logits should stay near, which wants few.
 _CHUNK_ROWS = 512
 
+
+def _size_class(shape: torch.Size, classes: int, reduction: str, grad: bool) -> str:
+    form = ", per token" if reduction == "none" else ""
+    return f"{power(shape[:-1].numel())} x {shape[-1]} x {classes}{form}{direction(grad)}"
+
+
 register(
     _OP,
     Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)),
     triton(native(torch.float32, torch.bfloat16)),
-    Backend("torch", (), lambda dtype, **facts: []),  # PyTorch's operators, chunk by chunk
+    Backend("torch", (), lambda dtype, **facts: []),  # many logits come chunk by chunk
+    classes=_size_class,
 )
 
 
@@ -99,14 +107,23 @@ def _run(
     if target.dim() != 1:
         target = target.reshape(-1)
         token_weight = None if token_weight is None else token_weight.view(-1)
-    if backend == "triton":
-        cut = 0, True  # its table says how many
-    else:
-        library = choose("linear", rows, rows=size_of(rows), transposed=False) != "cpu"
-        cut = _CHUNK_ROWS, library
+    cut = 0, True  # its table says how many
+    if backend != "triton":
+        cut = _CHUNK_ROWS, _product(rows, weight, any(options[-3:])) != "cpu"
     tensors = rows, weight, target, bias, class_weight, token_weight
     loss, dx, *others = _FORWARD[backend](*tensors, *options, *cut)
     return loss, dx if dx.dim() == 1 else dx.view_as(x), *others  # [0] where not asked for
+
+
+_products, _chosen = memory(), memory()
+
+
+def _product(rows: Tensor, weight: Tensor, grad: bool) -> str:
+    """Who multiplies a chunk's rows: what `linear` chooses for so many."""
+    key = (rows.is_cpu or rows.device, rows.dtype, size_of(rows))
+    facts = {"rows": key[2], "transposed": False}
+    sizes = rows.shape, weight.shape, grad, f"in {_OP} "
+    return _products.get(key) or settle("linear", _products, key, rows, sizes, **facts)
 
 
 class _Reduced(torch.autograd.Function):
@@ -218,14 +235,14 @@ def linear_cross_entropy(
         check_class_weight(_OP, "class_weight", class_weight, weight.shape[0], x)
     if token_weight is not None:
         check_token_weight(_OP, token_weight, target)
-    backend = choose(_OP, x)
+    key = (x.is_cpu or x.device, x.dtype)
+    backend = _chosen.get(key)
+    if backend is None:
+        sizes = x.shape, weight.shape[0], reduction, needs_grad(x, weight, bias)
+        backend = settle(_OP, _chosen, key, x, sizes)
     if backend in ("torch", "reference"):
         check_targets(_OP, target, weight.shape[0], ignore_index)
-        chunked = backend == "torch"
-        plain = (
-            reference.chunked_linear_cross_entropy if chunked else reference.linear_cross_entropy
-        )
-        return plain(
+        return (_torch if backend == "torch" else reference).linear_cross_entropy(
             x,
             weight,
             target,

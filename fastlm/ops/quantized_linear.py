@@ -9,16 +9,17 @@ from torch import Tensor, is_autocast_enabled, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
-from fastlm.ops import _checks
+from fastlm.ops import _checks, _torch
 from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._measured import direction, power
 from fastlm.ops._registry import (
     Backend,
     Reasons,
-    choose,
     memory,
     native,
+    plain,
     register,
-    remember,
+    settle,
     triton,
 )
 from fastlm.ops.linear import as_matrix, autocast
@@ -62,11 +63,21 @@ def _cuda_unsupported(dtype: torch.dtype, *, few: bool, **facts: Any) -> Reasons
     return reasons if few else [*reasons, f"takes at most {_FEW_ROWS} rows"]
 
 
+def _torch_unsupported(dtype: torch.dtype, *, int8: bool, **facts: Any) -> Reasons:
+    return ["does not round activations to int8"] if int8 else []
+
+
+def _size_class(x: torch.Size, outputs: int, bits: int, grad: bool) -> str:
+    return f"int{bits} {power(x[:-1].numel())} x {x[-1]} x {outputs}{direction(grad)}"
+
+
 register(
     "quantized_linear",
     Backend("cuda", ("cuda",), _cuda_unsupported),
     Backend("cpu", ("cpu",), _unsupported),
     triton(_triton_unsupported),
+    plain(_torch_unsupported),
+    classes=_size_class,
 )
 
 
@@ -210,11 +221,11 @@ def quantized_linear(
         values, scale, minimum, _, group_size, outputs = qweight
         place = x.is_cpu or (x.device, x.numel() <= _FEW_ROWS * x.shape[-1])
         key = (place, x.dtype, outputs is not None, group_size, int8)
-        backend = _chosen.get(key) or _choose(key, x)
-        if outputs is None and backend != "reference":  # a weight by rows
+        backend = _chosen.get(key) or _choose(key, x, qweight, bias)
+        if outputs is None and backend in _own_of:  # a weight by rows
             _check(op, x, qweight, bias, activations)
             outputs = qweight.shape[0]
-        if backend != "reference":  # the CPU's binding checks the shapes itself
+        if backend in _own_of:  # the CPU's binding checks the shapes itself
             if is_grad_enabled() and needs_grad(x, bias):
                 return _QuantizedLinear.apply(x, qweight, bias, int8, backend)
             own = (_own_of if is_dynamo_compiling() else _direct_of)[backend]
@@ -223,18 +234,19 @@ def quantized_linear(
         _check(op, x, qweight, bias, activations)  # names the argument at fault
         raise
     _check(op, x, qweight, bias, activations)
-    return reference.quantized_linear(x, qweight, bias, activations)
+    run = (_torch if backend == "torch" else reference).quantized_linear
+    return run(x, qweight, bias, activations)
 
 
 _MODES = {"exact": False, "int8": True}
 _chosen = memory()
 
 
-def _choose(key: tuple[Any, ...], x: Tensor) -> str:
+def _choose(key: tuple[Any, ...], x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> str:
+    sizes = x.shape, qweight.shape[0], qweight.bits, needs_grad(x, bias)
     few = key[0] is True or key[0][1]
     facts = {"packed": key[2], "group_size": key[3], "int8": key[4], "few": few}
-    chosen = choose("quantized_linear", x, **facts)
-    return remember(_chosen, key, chosen)
+    return settle("quantized_linear", _chosen, key, x, sizes, **facts)
 
 
 def _check(op: str, x: object, qweight: object, bias: object, activations: object) -> None:

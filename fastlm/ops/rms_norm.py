@@ -9,15 +9,26 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
+from fastlm.ops import _torch
 from fastlm.ops._library import by_backend, define, direct, needs_grad
-from fastlm.ops._norm import check, cuda_unsupported, empty_like, empty_vector, unsupported
-from fastlm.ops._registry import Backend, choose, memory, register, remember, triton
+from fastlm.ops._norm import (
+    check,
+    cuda_unsupported,
+    empty_like,
+    empty_vector,
+    size_class,
+    torch_unsupported,
+    unsupported,
+)
+from fastlm.ops._registry import Backend, memory, plain, register, settle, triton
 
 register(
     "rms_norm",
     Backend("cuda", ("cuda",), cuda_unsupported),
     Backend("cpu", ("cpu",), unsupported),
     triton(unsupported),
+    plain(torch_unsupported),
+    classes=size_class,
 )
 
 _forward = define(
@@ -131,12 +142,12 @@ def rms_norm(
     """
     try:
         key = (x.is_cpu or x.device, x.dtype, weight is None or weight.dtype)
-        backend = _chosen.get(key) or _choose(key, x, weight)
-        if backend == "reference":
-            check("rms_norm", x, residual, weight=weight)
-            return reference.rms_norm(
-                x, weight, eps, residual=residual, weight_offset=weight_offset
-            )
+        backend = _chosen.get(key) or _choose(key, x, weight, residual)
+        if backend not in _FORWARD:
+            if backend == "reference":
+                check("rms_norm", x, residual, weight=weight)
+            run = (_torch if backend == "torch" else reference).rms_norm
+            return run(x, weight, eps, residual=residual, weight_offset=weight_offset)
         if residual is None:
             if is_grad_enabled() and needs_grad(x, weight):
                 return _RmsNorm.apply(x, weight, eps, weight_offset, backend)
@@ -153,10 +164,7 @@ def rms_norm(
 _chosen = memory()
 
 
-def _choose(key: tuple[Any, ...], x: Tensor, weight: Tensor | None) -> str:
-    chosen = choose(
-        "rms_norm",
-        x,
-        weight=None if weight is None else weight.dtype,
-    )
-    return remember(_chosen, key, chosen)
+def _choose(key: tuple[Any, ...], x: Tensor, weight: Tensor | None, residual: Tensor | None) -> str:
+    sizes = x.shape, residual is not None, needs_grad(x, weight, residual)
+    dtype = None if weight is None else weight.dtype
+    return settle("rms_norm", _chosen, key, x, sizes, weight=dtype)

@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.ops import _checks
+from fastlm.ops import _checks, _torch
 from fastlm.ops._library import by_backend, define, needs_grad
-from fastlm.ops._registry import Backend, Unsupported, choose, native, register, triton
+from fastlm.ops._measured import direction, power
+from fastlm.ops._registry import (
+    Backend,
+    Unsupported,
+    memory,
+    native,
+    plain,
+    register,
+    settle,
+    triton,
+)
 
 _TYPES = native(torch.float32, torch.bfloat16, torch.float16)
 _CUDA = native(torch.float32, torch.bfloat16)
@@ -23,6 +33,7 @@ def _unsupported(
     tables: torch.dtype,
     rotary: int,
     table_grad: bool,
+    interleaved: bool = False,
     types: Unsupported = _TYPES,
 ) -> list[str]:
     reasons = types(dtype)
@@ -33,11 +44,25 @@ def _unsupported(
     return reasons
 
 
+def _torch_unsupported(
+    dtype: torch.dtype, *, tables: torch.dtype, interleaved: bool = False, **facts: Any
+) -> list[str]:
+    reasons = [] if tables == dtype else [f"takes tables of {dtype}, not {tables}"]
+    return reasons + ["is not written for neighbours"] * interleaved
+
+
+def _size_class(q: torch.Size, kv_heads: int, grad: bool, interleaved: bool) -> str:
+    tokens = power(q[0] * q[2])
+    return f"{tokens} tokens x {q[1]}/{kv_heads} heads x {q[3]}{direction(grad)}"
+
+
 register(
     "rope",
     Backend("cuda", ("cuda",), lambda dtype, **facts: _unsupported(dtype, **facts, types=_CUDA)),
     Backend("cpu", ("cpu",), _unsupported),
     triton(_unsupported),
+    plain(_torch_unsupported),
+    classes=_size_class,
 )
 
 
@@ -170,10 +195,9 @@ def rope(
         rotary = reference.rotated_width(q.shape[-1], cos.shape[-1], rotary_dim)
         grad = needs_grad(q, k, cos, sin)
         table_grad = grad and (cos.requires_grad or sin.requires_grad)
-        backend = choose("rope", q, tables=cos.dtype, rotary=rotary, table_grad=table_grad)
-        if (
-            backend != "reference"
-        ):  # the binding checks the arguments, for calls of a few microseconds
+        key = (q.is_cpu or q.device, q.dtype, cos.dtype, rotary, table_grad)
+        backend = _chosen.get(key) or _choose(key, q, k, interleaved, grad)
+        if backend in _ROPE:  # the binding checks the arguments, for calls of a few microseconds
             if k is None:
                 if grad:
                     return _RopeSingle.apply(q, cos, sin, rotary, interleaved, backend), None
@@ -185,7 +209,22 @@ def rope(
         _check(q, k, cos, sin, rotary_dim)  # names the argument at fault
         raise
     _check(q, k, cos, sin, rotary_dim)
-    return reference.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary)
+    run = (_torch if backend == "torch" else reference).rope
+    return run(q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary)
+
+
+_chosen = memory()
+
+
+def _choose(
+    key: tuple[Any, ...], q: Tensor, k: Tensor | None, interleaved: bool, grad: bool
+) -> str:
+    sizes = q.shape, 0 if k is None else k.shape[1], grad, interleaved
+    _, _, tables, rotary, table_grad = key
+    facts = {"tables": tables, "rotary": rotary, "table_grad": table_grad}
+    if interleaved:
+        facts["interleaved"] = True
+    return settle("rope", _chosen, key, q, sizes, **facts)
 
 
 def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int | None) -> None:
