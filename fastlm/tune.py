@@ -38,7 +38,7 @@ class Result:
     """What came of one class of calls."""
 
     verdict: Verdict
-    entry: _measured.Entry | None  # None: fewer than two implementations were left
+    entry: _measured.Entry | None  # None: there was nothing to choose from
     wrong: dict[str, str] = field(default_factory=dict)  # left out, and why
 
     @property
@@ -85,7 +85,7 @@ def measure(
             wrong[name] = fault
         else:
             right.append(name)
-    if len(right) < 2:
+    if not right or (len(right) < 2 and not wrong):
         return Result(verdict, None, wrong)
     times = _interleave(verdict, right, [_finished(verdict, thunk) for thunk in thunks], seconds)
     us = {name: float(f"{times[name]:.4g}") for name in right}
@@ -101,7 +101,7 @@ def _interleave(
     """Microseconds per call of each implementation."""
     timing = importlib.import_module("fastlm.cli.bench").suite("timing")
     times = timing.interleave(
-        {name: thunks for name in names},
+        dict.fromkeys(names, thunks),
         seconds,
         within=lambda name: _registry.trying(verdict.stem, name),
     )
@@ -201,7 +201,9 @@ class _Watch:
     def _is_new(self, verdict: Verdict) -> bool:
         facts = tuple(verdict.facts.items())
         key = (verdict.stem, verdict.device, verdict.dtype, facts, verdict.sizes)
-        return key not in self.met and not self.met.add(key) and len(candidates(verdict)) > 1
+        known = key in self.met
+        self.met.add(key)
+        return not known and len(candidates(verdict)) > 1
 
     def _measure(
         self, function: Call, args: tuple[Any, ...], kwargs: dict[str, Any], new: list[Verdict]
@@ -240,7 +242,8 @@ class _Arguments:
 
     def __init__(self, function: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.function, self.args, self.kwargs = function, args, kwargs
-        named: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        named: dict[int | str, Any] = dict(enumerate(args))
+        named.update(kwargs.items())
         floats = {name: x for name, x in named.items() if is_float(x)}
         self.gradients = torch.is_grad_enabled() and any(x.requires_grad for x in floats.values())
         self.names = (
@@ -298,7 +301,7 @@ class _Arguments:
                 return self._call(tensors)
 
     def _call(self, tensors: Sequence[Tensor], wide: bool = False) -> tuple[Tensor, ...]:
-        """The outputs with these tensors in place of those that count; `wide`: the others in float64 too."""
+        """The outputs with these tensors; `wide`: what they do not replace in float64 too."""
         given = dict(zip(self.names, tensors, strict=True))
 
         def value(name: int | str, x: Any) -> Any:
@@ -309,7 +312,8 @@ class _Arguments:
         args = [value(i, x) for i, x in enumerate(self.args)]
         kwargs = {name: value(name, x) for name, x in self.kwargs.items()}
         made = self.function(*args, **kwargs)
-        return tuple(x for x in (made if isinstance(made, tuple) else (made,)) if x is not None)
+        outputs = made if isinstance(made, tuple) else (made,)
+        return tuple(x for x in outputs if x is not None)
 
 
 def is_float(x: object) -> bool:

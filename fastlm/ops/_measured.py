@@ -243,12 +243,12 @@ def load(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: expected format {FORMAT}, got {content.get('format')!r}")
     sections = content.get("sections")
     try:
+        assert isinstance(sections, list)
         for section in sections:
             assert isinstance(section["for"], dict)
             _parsed(section["verdicts"])
     except (AssertionError, AttributeError, KeyError, TypeError):
         raise ValueError(f"{path}: a table of measured winners that is damaged") from None
-    assert isinstance(sections, list)
     return sections
 
 

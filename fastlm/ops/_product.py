@@ -2,7 +2,8 @@
 
 Up to 16 rows the own kernel wins everywhere. Beyond, processors differ: MKL takes a generic path on
 AMD, Intel has tile units for bf16. So the first product of more rows measures both once (about
-60 ms, cached for the process and its thread count). FASTLM_BACKEND=cpu or torch leaves no choice.
+60 ms, cached for the process and its thread count). FASTLM_BACKEND=cpu or torch leaves no choice,
+and where `fastlm tune` has measured the very class of calls, its verdict counts instead.
 
 PyTorch also carries oneDNN's fp32 linear (torch.ops.mkldnn._linear_pointwise). It is not used: it
 adds up all of k in one chain, with 2 to 4 times the error of F.linear, which is over the budget,
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import _ext
+from fastlm.ops import _measured
 from fastlm.ops._library import define
 from fastlm.ops._registry import forget
 
@@ -68,8 +70,10 @@ _fixed: dict[torch.dtype, Winners] = {}
 
 
 @contextlib.contextmanager
-def fixed(table: Mapping[torch.dtype, Winners]) -> Iterator[None]:
-    """Inside, these verdicts stand in place of a measurement.
+def fixed(
+    table: Mapping[torch.dtype, Winners], tuned: _measured.Verdicts | None = None
+) -> Iterator[None]:
+    """Inside, these verdicts stand in place of a measurement, and `tuned` for the tuned table.
 
     A measurement may come out otherwise the next time, and the two kernels differ in the last bits:
     what must repeat bit for bit keeps its verdicts and brings them back.
@@ -78,7 +82,8 @@ def fixed(table: Mapping[torch.dtype, Winners]) -> Iterator[None]:
     _fixed.update(table)
     forget()
     try:
-        yield
+        with _measured.fixed(tuned or {}):
+            yield
     finally:
         _fixed.clear()
         _fixed.update(before)

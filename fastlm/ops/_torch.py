@@ -155,8 +155,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """F.cross_entropy of F.linear; in chunks where the logits are many or an option is not its."""
     logits = target.numel() * weight.shape[0] * x.element_size()
-    if logits <= MOST_LOGITS and z_loss == 0.0 and softcap is None is token_weight:
-        return cross_entropy(F.linear(x, weight, bias), target, weight=class_weight, **options)
+    if logits <= MOST_LOGITS and z_loss == 0.0 and softcap is None is token_weight is class_weight:
+        return cross_entropy(F.linear(x, weight, bias), target, **options)
     options |= {"z_loss": z_loss, "softcap": softcap, "token_weight": token_weight}
     return reference.chunked_linear_cross_entropy(
         x, weight, target, bias=bias, class_weight=class_weight, **options
