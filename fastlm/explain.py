@@ -46,6 +46,7 @@ def explain(op_or_model: str | Callable[..., Any], *args: Any, **kwargs: Any) ->
       cuda      serves cuda tensors, not cpu
       cpu       takes float32, bfloat16, float16, not float64
       triton    serves cuda tensors, not cpu
+      torch     chosen only where `fastlm tune` finds it faster
     """
     called = bool(args or kwargs)
     if isinstance(op_or_model, str):
