@@ -97,10 +97,22 @@ def cases():
                 yield name, (call, baseline, [(*shape[:-1], width) for shape in shapes])
 
 
+def every_half() -> None:
+    """Every fp16 value is read, and a product of two rounded, as PyTorch does."""
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    gate = values[values.isfinite()]
+    up = gate[torch.randperm(len(gate))]
+    right = (gate.relu().float() * up.float()).half()  # exact, then one rounding
+    assert right.isinf().any() and ((right != 0) & (right.abs() < 6e-5)).any()
+    assert torch.equal(ops.gated_activation(gate, up, "relu"), right)
+    assert ops.activation(torch.full((9,), torch.nan).half(), "relu").isnan().all()
+
+
 def self_check(isa: str) -> None:
     """Runs in the forced process: the kernels of this set against float64."""
     assert _ext.native.cpu_isa() == isa
     torch.manual_seed(0)
+    every_half()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for name, (call, baseline, shapes) in cases():
             try:

@@ -94,7 +94,7 @@ void pointwise_range(const FeedForwardPointwise& a, int64_t begin, int64_t end) 
       return DISPATCH_TYPE(f, Activation::kRelu2);    \
   }
 #define DISPATCH_TYPE(f, act) \
-  (a.dtype == DType::kFloat32 ? f<act, float>(a, begin, end) : f<act, bf16>(a, begin, end))
+  with_type(a.dtype, [&]<class T>(const T*) { f<act, T>(a, begin, end); })
 
 void hidden(const FeedForwardHidden& a, int64_t begin, int64_t end) {
   DISPATCH_ACTIVATION(hidden_panels)

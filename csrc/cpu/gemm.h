@@ -17,11 +17,15 @@ inline VecF operand(const float* p) { return load(p); }
 inline VecF operand(const float* p, int n) { return load(p, n); }
 inline VecH operand(const bf16* p) { return load_pairs(p); }
 inline VecH operand(const bf16* p, int n) { return load_pairs(p, n); }
+inline VecF operand(const fp16* p) { return load(p); }
+inline VecF operand(const fp16* p, int n) { return load(p, n); }
 inline VecF multiply_add(VecF acc, VecF a, VecF b) { return fma(a, b, acc); }
 inline VecF multiply_add(VecF acc, VecH a, VecH b) { return dot2(acc, a, b); }
 
 template <class T>
-constexpr int kStep = 4 / static_cast<int>(sizeof(T)) * kLanes;  // values in one operand
+constexpr int kStep = kLanes;  // values in one operand
+template <>
+constexpr int kStep<bf16> = 2 * kLanes;
 
 constexpr int kTileX = 4;                     // rows of x in a full tile
 constexpr int kTileW = kLanes == 16 ? 4 : 2;  // rows of w in it

@@ -69,8 +69,7 @@ void forward_any(const LinearForward& a, int64_t begin, int64_t end) {
 }
 
 void forward(const LinearForward& a, int64_t begin, int64_t end) {
-  if (a.dtype == DType::kFloat32) return forward_any<float>(a, begin, end);
-  forward_any<bf16>(a, begin, end);
+  with_type(a.dtype, [&]<class T>(const T*) { forward_any<T>(a, begin, end); });
 }
 
 // Blocks of 16 x 16: both sides move in whole cache lines.
@@ -91,8 +90,7 @@ void transpose_rows(const Transpose& a, int64_t begin, int64_t end) {
 }
 
 void transpose(const Transpose& a, int64_t begin, int64_t end) {
-  if (a.dtype == DType::kFloat32) return transpose_rows<float>(a, begin, end);
-  transpose_rows<bf16>(a, begin, end);
+  with_type(a.dtype, [&]<class T>(const T*) { transpose_rows<T>(a, begin, end); });
 }
 
 FASTLM_EXPORT(LinearKernels, linear) = {kPanel, forward, transpose};

@@ -235,9 +235,13 @@ void product_as(const ColumnProduct& p, float* scratch, int64_t begin, int64_t e
 }
 
 void product(const ColumnProduct& p, float* scratch, int64_t begin, int64_t end) {
-  if (p.dtype == DType::kFloat32) return product_as<Singles, float>(p, scratch, begin, end);
-  if constexpr (kFastPairs) return product_as<Pairs, bf16>(p, scratch, begin, end);
-  product_as<Singles, bf16>(p, scratch, begin, end);
+  with_type(p.dtype, [&]<class T>(const T*) {
+    if constexpr (kFastPairs && __is_same(T, bf16)) {
+      product_as<Pairs, T>(p, scratch, begin, end);
+    } else {
+      product_as<Singles, T>(p, scratch, begin, end);
+    }
+  });
 }
 
 int64_t scratch(int64_t width) {

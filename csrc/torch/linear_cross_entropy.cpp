@@ -95,12 +95,13 @@ struct Gradients {
   void add(const Tensor& logits, const Tensor& rows, const Tensor& weights, int64_t start,
            bool library) {
     const bool exact = logits.scalar_type() == ScalarType::Float;
+    const bool half = logits.scalar_type() == ScalarType::Half;  // whose sums may leave its range
     const int64_t count = rows.size(0);
     if (wants_x) {
       const Tensor sums = part(x, start, count);
       if (exact && library) {
         library_product(logits, weights, sums);
-      } else if (library) {
+      } else if (library && !half) {
         Tensor rounded = empty_cpu({count, weights.size(1)}, logits.scalar_type()), to = sums;
         library_product(logits, weights, rounded);
         torch::stable::copy_(to, rounded);
@@ -114,11 +115,13 @@ struct Gradients {
     if (wants_weight) {
       if (library && exact) {
         library_product(weight, torch::stable::transpose(logits, 0, 1), rows, start > 0, weight);
-      } else {  // the library would round every chunk's part to bf16
+      } else {  // the library would round every chunk's part
         column_product(logits, rows, weight, start > 0);
       }
     }
-    if (wants_bias) (exact ? add_rows<float> : add_rows<bf16>)(logits, bias.data());
+    if (wants_bias) {
+      with_element(logits, [&]<class T>(T*) { add_rows<T>(logits, bias.data()); });
+    }
   }
 };
 

@@ -107,8 +107,8 @@ def grad_w(grad: Tensor, x: Tensor) -> Tensor:
 def _own_gradients(grad: Tensor) -> bool:
     return (
         grad.is_cpu
-        and grad.shape[0] > SOME
-        and grad.dtype in (torch.float32, torch.bfloat16)
+        and (grad.shape[0] > SOME or grad.dtype == torch.float16)  # its mm is far behind
+        and grad.dtype != torch.float64
         and not torch.is_grad_enabled()  # the own kernel has no second derivative
     )
 

@@ -90,7 +90,7 @@ class _Reduced(torch.autograd.Function):
             loss, gradient = _CROSS_ENTROPY[backend](logits, *args, True)
             ctx.save_for_backward(gradient)
             return loss
-        args, loss_unit, unit = raised(args)
+        args, (loss_unit, unit) = raised(args)
         loss, gradient = _CROSS_ENTROPY[backend](logits, *args, True)
         ctx.save_for_backward(gradient, unit)
         return loss * loss_unit
@@ -127,7 +127,7 @@ def per_token(grad: Tensor, token_weight: Tensor | None) -> Tensor:
     return grad.contiguous() if token_weight is None else token_weight.reshape(-1) * grad
 
 
-def raised(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor, Tensor]:
+def raised(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
     """Arguments whose gradients fp16 can hold; what loss and gradients are then multiplied with.
 
     Gradients come with the loss, before the scale that fp16 losses are given is known, and a
@@ -137,7 +137,7 @@ def raised(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor, Tensor]:
     """
     target, weight, token_weight, *others, reduction = args
     if target.numel() == 0:
-        return args, ONE, ONE
+        return args, (ONE, ONE)
     tokens = token_weight
     if tokens is None:
         tokens = torch.ones(target.shape, dtype=torch.float32, device=target.device)
@@ -155,7 +155,7 @@ def raised(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor, Tensor]:
         largest = largest * weight.abs().amax()
     unit = (largest.clamp(2.0**-60) / 32768.0).log2().ceil().exp2()
     none = torch.where(count == 0, torch.nan, unit)  # the mean of no loss
-    return (target, weight, share / unit, *others, SUM), none, unit
+    return (target, weight, share / unit, *others, SUM), (none, unit)
 
 
 def scaled(factor: Tensor, *gradients: Tensor, backend: str = "cpu") -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from fastlm.ops.linear import as_matrix, autocast, cpu_slower, size_of
 from fastlm.ops.linear import check as check_linear
 
 _NUMBER = {kind: number for number, kind in enumerate(KINDS)}
-_NATIVE = native(torch.float32, torch.bfloat16)
+_NATIVE = native(torch.float32, torch.bfloat16, torch.float16)
 
 
 def _torch_unsupported(dtype: torch.dtype, **facts: Any) -> list[str]:

@@ -30,7 +30,7 @@ def cpu_slower(dtype: torch.dtype, *, rows: str, transposed: bool) -> list[str]:
     """
     if rows == _FEW:
         return []
-    if transposed:
+    if transposed and dtype != torch.float16:  # PyTorch's costs more than the copy
         return ["the weight lies transposed and would be copied for more than 16 rows"]
     won = winners(dtype)
     return [] if (won.some if rows == _SOME else won.many) else [won.text]
@@ -44,7 +44,7 @@ def size_class(inputs: torch.Size, weight: torch.Size, grad: bool, inside: str =
 
 register(
     "linear",
-    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16), cpu_slower),
+    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16, torch.float16), cpu_slower),
     Backend("torch", (), lambda dtype, **facts: []),
     classes=size_class,
 )

@@ -29,6 +29,7 @@ from fastlm.ops.cross_entropy import (
     check_token_weight,
     once,
     per_token,
+    raised,
     scaled,
 )
 from fastlm.ops.linear import as_matrix, autocast, size_of
@@ -47,7 +48,7 @@ def _size_class(shape: torch.Size, classes: int, reduction: str, grad: bool) -> 
 
 register(
     _OP,
-    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16)),
+    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16, torch.float16)),
     triton(native(torch.float32, torch.bfloat16)),
     Backend("torch", (), lambda dtype, **facts: []),  # many logits come chunk by chunk
     classes=_size_class,
@@ -138,16 +139,24 @@ class _Reduced(torch.autograd.Function):
         backend: str,
         args: tuple[Any, ...],
     ) -> Tensor:
-        target, *others = args
         need = ctx.needs_input_grad[:3]
+        units: tuple[Tensor, ...] = ()
+        if x.dtype == torch.float16:
+            args, units = raised(args)
+        target, *others = args
         loss, *gradients = _run(backend, x, weight, target, bias, *others, *need)
-        ctx.save_for_backward(*(g for g, n in zip(gradients, need, strict=True) if n))
+        kept = (g for g, n in zip(gradients, need, strict=True) if n)
+        ctx.save_for_backward(*units[1:], *kept)
         ctx.dtype, ctx.backend = x.dtype, backend
-        return loss
+        return loss * units[0] if units else loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradients = iter(scaled(grad, *ctx.saved_tensors, backend=ctx.backend))
+        kept = ctx.saved_tensors
+        if ctx.dtype == torch.float16:
+            unit, *kept = kept
+            grad = grad * unit
+        gradients = iter(scaled(grad, *kept, backend=ctx.backend))
         need = ctx.needs_input_grad[:3]
         return *(next(gradients).to(ctx.dtype) if n else None for n in need), None, None
 
@@ -213,7 +222,7 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError, IndexError: as `cross_entropy`.
 
-    Never holds all logits. On the CPU in fp32 and bf16 forward and gradients are one pass over
+    Never holds all logits. On the CPU, but for fp64, forward and gradients are one pass over
     chunks of rows (see the head of this file); rows with ignore_index are left out from the start,
     so that masked fine-tuning costs only its answers. Logits are rounded to x's dtype, as a linear
     layer's are; gradients are summed in fp32 over all chunks and rounded once. With reduction

@@ -14,17 +14,6 @@ HALF = torch.float16
 INFINITE = float("inf")
 
 
-def test_every_value_is_read_and_rounded_as_pytorch_does():
-    """Also run on every instruction set: tests/test_isa.py."""
-    values = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(HALF)
-    values = values[values.isfinite()]
-    gate, up = values, values[torch.randperm(len(values))]
-    y = ops.gated_activation(gate, up, "relu")
-    right = (gate.relu().float() * up.float()).half()  # exact, then one rounding: tiny to infinite
-    assert right.isinf().any() and ((right != 0) & (right.abs() < 6e-5)).any()
-    assert torch.equal(y, right)
-
-
 def test_what_leaves_the_range_is_infinite():
     x = torch.tensor([300.0, -300.0, 1.0, 0.0] * 5).half()
     assert torch.equal(ops.activation(x, "relu2"), F.relu(x).square())
@@ -82,3 +71,29 @@ def test_scaled_gradients_are_made_twice_from_one_graph():
     (second,) = torch.autograd.grad(loss, x)
     assert first.abs().max() > 0
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16], ids=["plain", "scaled"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scaled_gradients_of_the_fused_loss(reduction, scale):
+    rows, width, classes = 700, 40, 90
+    target = torch.randint(classes, (rows,))
+    target[::3] = -100
+    inputs = torch.randn(rows, width), torch.randn(classes, width) * 0.3, torch.randn(classes)
+    inputs = [t.half() for t in inputs]
+    if reduction == "none":
+        scale /= 2**10
+
+    def gradients(library, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        x, weight, bias = leaves
+        options = {"bias": bias, "reduction": reduction}
+        loss = library.linear_cross_entropy(x, weight, target, **options)
+        return torch.autograd.grad(loss, leaves, torch.full_like(loss, scale))
+
+    exact = gradients(reference, torch.float64)
+    for ours, theirs, right in zip(
+        gradients(ops, HALF), gradients(reference, HALF), exact, strict=True
+    ):
+        verdict = error("gradient", ours, theirs, right)
+        assert verdict.ok, str(verdict)
