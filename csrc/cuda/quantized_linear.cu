@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  sum_over<32>(sums, static_cast<float*>(nullptr));
+  sum_over<32>(sums, nullptr);
 #pragma unroll
   for (int i = 0; i < kRows * kOuts; ++i) {
     const int64_t r = r0 + i / kOuts, n = n0 + i % kOuts;

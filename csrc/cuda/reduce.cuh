@@ -1,5 +1,6 @@
 // Sums and maxima over the threads that share a row: part of a warp, a warp, or a whole block.
 #pragma once
+#include <type_traits>
 
 namespace fastlm {
 
@@ -8,7 +9,7 @@ namespace fastlm {
 // 32 it is the block size and `shared` holds N * kThreads / 32 numbers. All threads of the block
 // must call it.
 template <int kThreads, class S, int N>
-__device__ inline void sum_over(S (&v)[N], S* shared) {
+__device__ inline void sum_over(S (&v)[N], std::type_identity_t<S>* shared) {
   constexpr int kWidth = kThreads < 32 ? kThreads : 32;
 #pragma unroll
   for (int offset = kWidth / 2; offset > 0; offset /= 2) {
