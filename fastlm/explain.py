@@ -69,7 +69,8 @@ def explain(op_or_model: str | Callable[..., Any], *args: Any, **kwargs: Any) ->
 def _function(name: str) -> Callable[..., Any]:
     function = getattr(ops, name, None)
     if name.startswith("_") or not callable(function):
-        raise ValueError(f"explain: no operator {name!r}; there are: {', '.join(ops.__all__)}")
+        there = ", ".join(_registry.stems())
+        raise ValueError(f"explain: no operator {name!r}; there are: {there}")
     return function
 
 

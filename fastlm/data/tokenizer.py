@@ -19,6 +19,8 @@ from fastlm.hf.tokenizer import SPECIAL, Text, load
 END = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 
+MOST_TOKENS = 2**24  # the trainer sets memory aside for all of them, or ends the process
+
 # How text is cut into words before pairs are merged, by the model that made the rule known.
 SPLITS = {
     "gpt2": None,  # the library's own
@@ -87,6 +89,8 @@ def train_bpe(
             f"vocab size must be at least {least}, 256 bytes and {len(set(special))} special "
             f"tokens, got {vocab_size}"
         )
+    if vocab_size > MOST_TOKENS:
+        raise DataError(f"vocab size must be at most {MOST_TOKENS:,}, got {vocab_size}")
     if split not in SPLITS:
         raise DataError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if min_frequency < 1:

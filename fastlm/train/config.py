@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,9 @@ class TrainConfig:
         for name in ("beta1", "beta2", "momentum"):
             self._number(name, low=0.0, below=1.0)
         self._number("weight_decay", low=0.0)
+        for name in ("epochs", "lr", "eps", "weight_decay"):
+            if getattr(self, name) == math.inf:
+                raise self._wrong(name, "finite")
         for name in ("min_lr", "decay"):
             self._number(name, low=0.0, high=1.0)
         for name, known in (

@@ -67,6 +67,10 @@ def test_errors_are_one_line(corpus, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     for args, text in [
         (["train", corpus, "-n", 10], "vocab size must be at least 257, 256 bytes and 1 special"),
+        (
+            ["train", corpus, "-n", 10**12],
+            "vocab size must be at most 16,777,216, got 1000",
+        ),
         (["train", tmp_path / "no.txt", "-n", 300], "no.txt: No such file"),
         (["train", tmp_path / "empty.txt", "-n", 300], "empty.txt: there is no text in it"),
         (["char", tmp_path / "empty.txt"], "empty.txt: there is no text in it"),

@@ -484,6 +484,7 @@ def test_a_disk_that_fills_up_loses_no_checkpoint(tmp_path, monkeypatch):
         ({"steps": 0}, "steps must be a whole number of 1 or more, got 0"),
         ({"steps": 3, "epochs": 1}, "steps or epochs, not both"),
         ({"lr": -1}, "lr must be a number above 0, got -1"),
+        ({"lr": float("inf")}, "lr must be finite, got inf"),
         ({"beta1": 1.0}, "beta1 must be a number below 1, got 1.0"),
         ({"schedule": "step"}, "schedule must be one of cosine, wsd"),
         ({"precision": "int8"}, "precision must be one of fp32"),
