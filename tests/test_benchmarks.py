@@ -266,10 +266,11 @@ def test_results_are_plain_json(result_file):
 @pytest.mark.parametrize("gpt2", [False, True])
 def test_a_training_step_is_checked_and_timed_beside_transformers(monkeypatch, gpt2):
     pytest.importorskip("transformers")
-    from benchmarks.models import train
+    from benchmarks.models import decode, train
 
     shape = {"hidden": 64, "layers": 2, "heads": 2, "max_positions": 64, "vocab": 96}
-    monkeypatch.setattr(train, "SIZES", {"tiny": {**(train.GPT2 if gpt2 else {}), **shape}})
+    tiny = {**(decode.SIZES["gpt2"] if gpt2 else {}), **shape}
+    monkeypatch.setitem(decode.SIZES, "tiny", tiny)
     for name, value in (("BATCH", 2), ("TOKENS", 16), ("PROMPT", 32), ("VOCAB", 96)):
         monkeypatch.setattr(train, name, value)
     wanted = ["ours", "patched", "transformers"]

@@ -41,8 +41,13 @@ SIZES = {
         **{"hidden": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "intermediate": 5632},
         **{"max_positions": 2048, "tied_head": False},
     },
+    "gpt2": {
+        **{"hidden": 768, "layers": 12, "heads": 12, "max_positions": 1024, "vocab": 50257},
+        **{"norm": "layer", "positions": "learned", "activation": "gelu_tanh", "gated": False},
+        **{"qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    },
 }
-NEW = {"15M": 48, "110M": 24, "1.1B": 8}  # tokens a turn
+NEW = {"15M": 48, "110M": 24, "1.1B": 8, "gpt2": 24}  # tokens a turn
 BITS = {"int8": 8, "int4": 4}
 PROMPT = list(range(1, 65))
 Turn = Callable[[int], list[float]]  # moments at which each of so many new tokens was there
@@ -57,10 +62,17 @@ def make(size: str, dtype: torch.dtype, **changes: Any) -> Decoder:
 
 
 def transformers_of(model: Decoder) -> Any:
-    """The same model in transformers, on the same memory."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The same model in transformers: of Llama's shape on the same memory, else a copy."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     c = model.config
+    if c.positions == "learned":
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            dtype = model.embed.weight.dtype
+            hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        hf.generation_config.eos_token_id = None
+        return hf.eval()
     with torch.device("meta"):
         hf = LlamaForCausalLM(
             LlamaConfig(
@@ -164,7 +176,7 @@ def peers(size: str, kind: str, wanted: Sequence[str]) -> Iterator[tuple[dict[st
     model = make(size, DTYPES.get(kind, torch.float32))
     found: dict[str, Turn] = {}
     with contextlib.ExitStack() as stack:
-        if "llama.cpp" in wanted:
+        if "llama.cpp" in wanted and model.config.positions == "rope":  # what `write` can write
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             llama_cpp.write(model, folder / "model.gguf", kind)
             peer = stack.enter_context(llama_cpp.opened(folder / "model.gguf"))

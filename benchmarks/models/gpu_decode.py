@@ -37,7 +37,7 @@ from ..case import DTYPES
 from .decode import BITS, PROMPT, SIZES, Turn, ours, transformers_of
 
 SHAPES = {
-    **SIZES,
+    **{name: shape for name, shape in SIZES.items() if name != "gpt2"},
     "7B": {
         **{"hidden": 4096, "layers": 32, "heads": 32, "intermediate": 11008},
         **{"max_positions": 4096, "tied_head": False},

@@ -14,7 +14,6 @@ import copy
 import datetime
 import importlib.util
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,16 +31,9 @@ from .. import machine, results_file
 from ..case import DTYPES
 from ..session import duration
 from ..timing import Thunk, Times, interleave
-from .decode import SIZES as LLAMA
-from .decode import make, transformers_of
+from .decode import SIZES, make, transformers_of
 
 KINDS = (*DTYPES, "autocast")  # autocast: fp32 weights, products in bf16
-GPT2: dict[str, Any] = {
-    **{"hidden": 768, "layers": 12, "heads": 12, "max_positions": 1024, "vocab": 50257},
-    **{"norm": "layer", "positions": "learned", "activation": "gelu_tanh", "gated": False},
-    **{"qkv_bias": True, "out_bias": True, "mlp_bias": True},
-}
-SIZES = {**LLAMA, "gpt2": GPT2}
 BATCH, TOKENS, PROMPT, VOCAB = 8, 256, 512, 32000
 Loss = Callable[[Tensor], Tensor]  # tokens [B, T] -> mean loss of every token but the first
 EXAMPLE = """example:
@@ -56,28 +48,15 @@ def loss_of(model: Any) -> Loss:
     return lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
 
-def built(size: str, dtype: torch.dtype, **changes: Any) -> Decoder:
-    """A decoder of random weights."""
-    return make(size, dtype, **{**SIZES[size], **changes})
-
-
 def in_transformers(model: Decoder) -> Any:
     """The same weights in transformers, a copy of their own."""
-    if model.config.positions == "rope":
-        return transformers_of(copy.deepcopy(model))
-    import transformers
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=model.embed.weight.dtype
-        )
+    return transformers_of(copy.deepcopy(model))
 
 
 def check(size: str, kind: str) -> None:
     """Raises AssertionError where a loss or gradient errs more than twice as much as theirs."""
-    model = built(size, DTYPES.get(kind, torch.float32), layers=2)
-    exact = built(size, torch.float64, layers=2)
+    model = make(size, DTYPES.get(kind, torch.float32), layers=2)
+    exact = make(size, torch.float64, layers=2)
     exact.load_state_dict(model.state_dict())
     theirs = in_transformers(model)
     patched = in_transformers(model)
@@ -114,7 +93,7 @@ def _gradients(model: Any) -> dict[str, Tensor]:
 
 def variants(size: str, kind: str, wanted: Sequence[str]) -> dict[str, Any]:
     """The models that are timed, each with weights of its own."""
-    model = built(size, DTYPES.get(kind, torch.float32))
+    model = make(size, DTYPES.get(kind, torch.float32))
     found: dict[str, Any] = {}
     for name in wanted:
         if name == "ours":
