@@ -41,6 +41,13 @@ def sdpa(q, k, v, **options):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
 
 
+def append(o, q, k, weight):
+    caches = [torch.zeros(2, 1, 9, 40).to(k) for _ in "kv"]
+    tables = ANGLES.cos().to(q), ANGLES.sin().to(q)
+    y = o.rope_append(q, k, 2 * k, *tables, *caches, 5, q_weight=weight)
+    return y, *caches
+
+
 # name -> (ours or the reference's, PyTorch's own, shapes of the inputs): ragged widths, few rows;
 # rows of 77 are also cut to 3, and to 1
 CASES = {
@@ -58,6 +65,14 @@ CASES = {
         lambda o, q, k: o.rope(q, k, ANGLES.cos().to(q), ANGLES.sin().to(q)),
         lambda q, k: (rotate(q), rotate(k)),
         [(2, 3, 5, 40), (2, 1, 5, 40)],
+    ),
+    "rope_append": (
+        append,
+        lambda q, k, w: (
+            rotate(F.rms_norm(q, w.shape, w, 1e-6)),
+            *(F.pad(x, (0, 0, 0, 4)) for x in (rotate(k), 2 * k)),
+        ),
+        [(2, 3, 5, 40), (2, 1, 5, 40), (40,)],
     ),
     "activation": (lambda o, x: o.activation(x, "gelu"), F.gelu, [(5, 77)]),
     "gated_activation": (
@@ -121,7 +136,7 @@ def self_check(isa: str) -> None:
                     baseline,
                     lambda *a, call=call: call(reference, *a),
                     [torch.randn(shape, dtype=dtype) for shape in shapes],
-                    gradients=name != "decode_attention",
+                    gradients=name not in ("decode_attention", "rope_append"),
                 )
             except AssertionError as error:
                 raise AssertionError(f"{name}, {dtype}, {isa}: {error}") from None

@@ -144,28 +144,33 @@ class Bound:
         self._graph.replay()
 
     def _record(self) -> torch.cuda.CUDAGraph:
-        """Runs the step twice, for all that happens at first calls, then records it.
-
-        What these runs write to the cache lies behind what is valid; the registers are restored.
-        """
-        registers = self.step.registers()
-        before = [x.clone() for x in registers]
-        device = self.step.tokens.device
-        with torch.cuda.device(device):
+        """Records the step, after all that happens at first calls has happened."""
+        with torch.cuda.device(self.step.tokens.device):
             here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
-                for _ in range(2):
-                    self.step.run()
-                    for x, saved in zip(registers, before, strict=True):
-                        x.copy_(saved)
+                rehearse(self.step)
             here.wait_stream(aside)
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            mode = "thread_local"  # other threads may allocate meanwhile
+            with torch.cuda.graph(graph, self.pool, aside, capture_error_mode=mode):
                 self.step.run()
         return graph
+
+
+def rehearse(step: StaticStep) -> None:
+    """Runs a step twice and takes back what it did.
+
+    What it writes to the cache lies behind what is valid there; the registers are restored.
+    """
+    registers = step.registers()
+    before = [x.clone() for x in registers]
+    for _ in range(2):
+        step.run()
+        for x, saved in zip(registers, before, strict=True):
+            x.copy_(saved)
 
 
 class Ahead:

@@ -131,6 +131,16 @@ def test_text_is_that_of_the_other_ways(shape, prompts, choice, monkeypatch):
     assert [v.chosen for v in verdicts if v.stem == graph.STEM] == ["graph"]
 
 
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_rehearsal_leaves_no_trace(choice, on_cpu, monkeypatch):
+    model, given = make("llama"), PROMPTS["unequal"]
+    expected = model.generate(given, 20, eos=(), **CHOICES[choice])
+    run = graph.Bound.run
+    monkeypatch.setattr(graph.Bound, "run", lambda self: [graph.rehearse(self.step), run(self)])
+    cache = model.new_cache(len(given), 4)  # which grows
+    assert model.generate(given, 20, eos=(), cache=cache, **CHOICES[choice]) == expected
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("prompts", PROMPTS)
 def test_integer_weights(bits, prompts, monkeypatch):
