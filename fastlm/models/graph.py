@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 STEM = "decode_graph"
 DEVICES = ("cuda",)  # the same steps run on a CPU, where a decode plan is faster
 AHEAD = 1  # steps queued beyond the token that the host is looking at
-_SMALLEST = 256  # tokens of a cache that is kept
+_ROUND = 256  # tokens by which caches that are kept differ
 
 _spares: WeakKeyDictionary[Decoder, KVCache] = WeakKeyDictionary()
 
@@ -80,16 +80,16 @@ def chosen(model: Decoder, cache: KVCache) -> bool:
 
 def borrow(model: Decoder, batch: int, capacity: int) -> KVCache:
     """An empty cache: the one kept for this model where it fits, else a new one."""
+    spare = _spares.pop(model, None)
     if model.embed.weight.device.type not in DEVICES:
         return model.new_cache(batch, capacity)
-    wanted = 1 << (max(capacity, _SMALLEST) - 1).bit_length()
-    wanted = min(wanted, model.config.max_positions)
-    spare = _spares.pop(model, None)
+    wanted = min(-(-capacity // _ROUND) * _ROUND, model.config.max_positions)
     if spare is not None and spare.batch == batch and wanted <= spare.capacity <= 4 * wanted:
         like, weight = spare.keys[0], model.embed.weight
         if like.dtype == weight.dtype and like.device == weight.device:
             spare.stand_at(0, None)
             return spare
+    del spare  # its memory may be needed
     return model.new_cache(batch, wanted)
 
 
