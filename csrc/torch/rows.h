@@ -1,4 +1,4 @@
-// How the bindings of activation see tensors: as rows, or as one row where nothing has gaps.
+// How bindings see tensors: as rows, or as one row where nothing has gaps.
 #pragma once
 #include "torch/alloc.h"
 

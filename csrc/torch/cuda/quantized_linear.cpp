@@ -1,7 +1,7 @@
 // Binding of quantized_linear's CUDA kernel: checks the weight's layout, allocates, registers.
 #include "ops/quantized_linear.h"
 
-#include "torch/activation_rows.h"
+#include "torch/rows.h"
 #include "torch/cuda/device.h"
 
 namespace fastlm {
