@@ -6,68 +6,12 @@ This shows that indexing, tails and sums are right, not that a GPU runs them.
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-EMULATOR = Path(__file__).parent / "cuda_emulator"
-sys.path.insert(0, str(ROOT / "build_support"))
-import native  # noqa: E402
+from cuda_emulator.harness import emulated, own_tests, run
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-
-LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)\s*<<<(.*?)>>>\s*\((.*?)\);", re.S)
-STANDIN = """
-import torch
-torch.ops.load_library({library!r})
-def cpu_isa(): return "emulated CUDA"
-def supported_isas(): return ["emulated CUDA"]
-def build_info(): return dict(compiler="", torch="", torch_abi="", stems=[{stem!r}], cuda=False)
-"""
-
-
-def emulated(stem: str, folder: Path) -> Path:
-    """A folder holding the package, with csrc/cuda/<stem>.cu in place of its CPU kernels."""
-    launched = r"emulator::launch([&] { \1(\3); }, \2);"
-    sources = folder / "kernels"
-    sources.mkdir()
-    for kernel in [ROOT / f"csrc/cuda/{stem}.cu", *(ROOT / "csrc/cuda").glob("*.cuh")]:
-        text = LAUNCH.sub(launched, kernel.read_text())
-        assert "<<<" not in text, f"a launch in {kernel.name} is written in a new way"
-        (
-            sources / kernel.name.replace(".cu", ".cpp" if kernel.suffix == ".cu" else ".cu")
-        ).write_text(text)
-    library = folder / "emulated.so"
-    torch = native.find_torch()
-    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-    command += [f"-DTORCH_TARGET_VERSION={native.ABI_TARGET}", "-DTORCH_STABLE_ONLY"]
-    command += [f"-I{EMULATOR}", f"-I{sources}", f"-I{ROOT / 'csrc'}"]
-    command += ["-isystem", f"{torch / 'include'}", str(sources / f"{stem}.cpp")]
-    command += [str(ROOT / f"csrc/torch/cuda/{stem}.cpp"), "-o", str(library)]
-    command += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    package = folder / "fastlm"
-    package.mkdir()
-    for entry in (ROOT / "fastlm").iterdir():
-        if entry.suffix != ".so" and entry.name != "__pycache__":
-            (package / entry.name).symlink_to(entry)
-    (package / "_C.py").write_text(STANDIN.format(library=str(library), stem=stem))
-    return folder
-
-
-def run(folder: Path, *command: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 NORMS = """
@@ -286,11 +230,3 @@ def test_sample(tmp_path):
     folder = emulated("sample", tmp_path)
     own_tests("sample", folder, "temperatures or names_the_argument")
     run(folder, "-c", SAMPLES)
-
-
-def own_tests(stem: str, folder: Path, which: str) -> None:
-    """Runs some of the operator's own tests on the emulated kernels."""
-    tests = folder / "tests_of_operator.py"
-    shutil.copy(ROOT / f"tests/ops/test_{stem}.py", tests)
-    shutil.copy(ROOT / "tests/conftest.py", folder)  # the seed
-    run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which, str(tests))

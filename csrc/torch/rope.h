@@ -38,7 +38,7 @@ inline RopeArgs rope_arguments(const Tensor& x, const Tensor& y, const Tensor& c
                       (cos.scalar_type() == x.scalar_type() || dtype_of(cos) == DType::kFloat32),
                   "rope: the arguments do not fit each other");
   return {x.const_data_ptr(),
-          const_cast<void*>(y.const_data_ptr()),
+          y.mutable_data_ptr(),
           x.stride(0),
           x.stride(1),
           x.stride(2),

@@ -1,25 +1,27 @@
-// Runs simple CUDA kernels on the CPU, one block after another, so that a machine without a GPU can
-// check what they compute. Each thread of a block is a fiber; __syncthreads and the shuffles switch
-// between them, so a barrier that some thread misses shows as an endless wait and is reported.
-// Fibers take turns upwards and downwards by turns, so that a barrier left out shows as a wrong
-// result. What it cannot show: races within a warp, memory models, speed. No tensor cores, no
-// atomics.
+// Runs CUDA kernels on the CPU, one block after another, so that a machine without a GPU can check
+// what they compute and how they use memory. This header is what a kernel's source sees.
+//
+// Each thread of a block is a fiber; barriers and shuffles switch between them (emulator.cpp).
+// Every load and store of the kernel is seen (memory.cpp). The first of these ends the launch with
+// an error that names kernel, block, thread and line:
+//   - an access outside the tensors handed to the kernel, a write to one it may only read;
+//   - an access outside a shared array, on either side;
+//   - two threads that meet at one place of shared memory, one of them writing, without a barrier
+//     between (within a warp __syncwarp counts as one; shuffles order nothing);
+//   - threads that wait at different barriers, or for one that has ended.
+// What it cannot express: atomics, asynchronous copies, clusters, wgmma, partial warps and masks,
+// memory order between blocks, speed. A kernel that needs those does not compile here, or ends with
+// an error.
 #pragma once
 #include <math.h>
-#include <setjmp.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <ucontext.h>
 
-#include <functional>
-#include <memory>
-#include <vector>
-
+#define FASTLM_EMULATED 1
 #define __global__
 #define __device__
+#define __host__
+#define __forceinline__ inline
 #define __grid_constant__
-#define __shared__ static  // blocks run one at a time
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -31,6 +33,13 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
@@ -38,100 +47,53 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 namespace emulator {
 
-struct Barrier {
-  unsigned arrived = 0, generation = 0;
+extern dim3 thread_index, block_index, block_size, grid_size;
+
+// Where in the kernel's source a barrier stands; a default argument takes it from the caller.
+struct Place {
+  const char* file;
+  int line;
 };
-
-struct Block {
-  struct Fiber {
-    ucontext_t context;  // of its start; _setjmp and _longjmp switch without a system call
-    jmp_buf place;
-    bool started = false, done = false;
-  };
-  std::vector<Fiber> fibers;
-  std::vector<Barrier> warps;
-  std::vector<uint64_t> exchange;  // one value per thread, for shuffles
-  Barrier all;
-  jmp_buf scheduler;
-  unsigned current = 0;
-  const std::function<void()>* kernel = nullptr;
-};
-
-inline Block* block = nullptr;
-inline std::vector<std::unique_ptr<char[]>> stacks;  // kept from block to block
-inline dim3 thread_index, block_index, block_size, grid_size;
-
-inline void yield() {
-  const unsigned self = block->current;
-  if (_setjmp(block->fibers[self].place) == 0) _longjmp(block->scheduler, 1);
-  thread_index.x = self;
+inline Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return {file, line};
 }
 
-inline void wait(Barrier& barrier, unsigned members) {
-  const unsigned generation = barrier.generation;
-  if (++barrier.arrived == members) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-  }
-  while (barrier.generation == generation) yield();
+[[noreturn]] void fail(const char* why);  // ends the launch, from within a kernel
+void sync_block(Place place);
+void sync_warp(unsigned mask, Place place);
+
+// Each lane hands in `bytes` of `mine`; when all 32 have, gets those of `count` lanes.
+void exchange(const void* mine, unsigned bytes, unsigned lane, unsigned count, void* out,
+              Place place);
+
+// The shared array declared under this name in this line: the same for all threads of a block.
+void* shared_array(const char* name, unsigned bytes, int line);
+void* dynamic_shared();  // extern __shared__
+template <class T>
+T& shared(const char* name, int line) {
+  return *static_cast<T*>(shared_array(name, sizeof(T), line));
 }
 
-inline void enter() {
-  (*block->kernel)();
-  block->fibers[block->current].done = true;
-  _longjmp(block->scheduler, 1);
-}
+void run(const char* kernel, void (*call)(const void*), const void* closure, dim3 grid, dim3 block,
+         unsigned dynamic_bytes);
 
-inline void resume(Block::Fiber& fiber) {
-  if (_setjmp(block->scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.place, 1);
-  fiber.started = true;
-  setcontext(&fiber.context);
-}
-
-inline void run_block(unsigned threads, const std::function<void()>& kernel) {
-  constexpr size_t kStack = 64 * 1024;
-  Block self;
-  block = &self;
-  self.kernel = &kernel;
-  self.fibers.resize(threads);
-  self.warps.resize((threads + 31) / 32);
-  self.exchange.resize(threads);
-  while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);
-  for (unsigned t = 0; t < threads; ++t) {
-    ucontext_t& context = self.fibers[t].context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks[t].get();
-    context.uc_stack.ss_size = kStack;
-    makecontext(&context, enter, 0);
-  }
-  unsigned alive = threads;
-  for (int64_t rounds = 0; alive > 0; ++rounds) {
-    if (rounds > 1000 * 1000) {
-      fprintf(stderr, "emulator: a barrier waits for a thread that never comes\n");
-      abort();
-    }
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned t = (rounds + block_index.x) % 2 == 0 ? i : threads - 1 - i;
-      if (self.fibers[t].done) continue;
-      self.current = thread_index.x = t;
-      resume(self.fibers[t]);
-      if (self.fibers[t].done) --alive;
-    }
-  }
-  block = nullptr;
-}
-
-// What `kernel<<<grid, threads, 0, stream>>>(...)` becomes.
+// What `kernel<<<grid, threads, dynamic, stream>>>(...)` becomes.
 template <class F>
-void launch(const F& kernel, unsigned grid, unsigned threads, int = 0, cudaStream_t = nullptr) {
-  block_size.x = threads;
-  grid_size.x = grid;
-  const std::function<void()> body = kernel;
-  for (unsigned b = 0; b < grid; ++b) {
-    block_index.x = b;
-    run_block(threads, body);
-  }
+void launch(const char* kernel, const F& body, dim3 grid, dim3 block, unsigned dynamic = 0,
+            cudaStream_t = nullptr) {
+  run(kernel, [](const void* f) { (*static_cast<const F*>(f))(); }, &body, grid, block, dynamic);
+}
+template <class F>
+void launch(const char* kernel, const F& body, unsigned grid, unsigned block, unsigned dynamic = 0,
+            cudaStream_t = nullptr) {
+  launch(kernel, body, dim3{grid}, dim3{block}, dynamic);
+}
+
+template <class T>
+T from_lane(T value, unsigned lane, Place place) {
+  T other;
+  exchange(&value, sizeof value, lane % 32, 1, &other, place);
+  return other;
 }
 
 }  // namespace emulator
@@ -141,40 +103,55 @@ void launch(const F& kernel, unsigned grid, unsigned threads, int = 0, cudaStrea
 #define blockDim emulator::block_size
 #define gridDim emulator::grid_size
 
-inline void __syncthreads() { emulator::wait(emulator::block->all, blockDim.x); }
-
-namespace emulator {
-
-// What the lane of another number in the warp holds.
-template <class T>
-T exchange(unsigned mask, T value, unsigned lane) {
-  if (mask != 0xffffffffu) abort();
-  const unsigned self = threadIdx.x;
-  Barrier& warp = block->warps[self / 32];
-  __builtin_memcpy(&block->exchange[self], &value, sizeof value);
-  wait(warp, 32);
-  T other;
-  __builtin_memcpy(&other, &block->exchange[self / 32 * 32 + lane % 32], sizeof other);
-  wait(warp, 32);
-  return other;
+inline void __syncthreads(emulator::Place p = emulator::here()) { emulator::sync_block(p); }
+inline void __syncwarp(unsigned mask = ~0u, emulator::Place p = emulator::here()) {
+  emulator::sync_warp(mask, p);
 }
 
+namespace emulator {
+inline void whole_warp(unsigned mask) {
+  if (mask != ~0u) fail("the emulator knows whole warps alone");
+}
 }  // namespace emulator
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return emulator::exchange(mask, value, threadIdx.x % 32 ^ static_cast<unsigned>(lanes));
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32,
+              emulator::Place p = emulator::here()) {
+  emulator::whole_warp(mask);
+  const unsigned first = threadIdx.x % 32 / width * width;
+  return emulator::from_lane(value, first + static_cast<unsigned>(lane) % width, p);
 }
-
 template <class T>
-T __shfl_sync(unsigned mask, T value, int lane) {
-  return emulator::exchange(mask, value, static_cast<unsigned>(lane));
+T __shfl_xor_sync(unsigned mask, T value, int lanes, emulator::Place p = emulator::here()) {
+  emulator::whole_warp(mask);
+  return emulator::from_lane(value, threadIdx.x % 32 ^ static_cast<unsigned>(lanes), p);
 }
-
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned lanes) {
-  const unsigned self = threadIdx.x % 32;
-  return emulator::exchange(mask, value, self < lanes ? self : self - lanes);
+T __shfl_down_sync(unsigned mask, T value, unsigned lanes, emulator::Place p = emulator::here()) {
+  emulator::whole_warp(mask);
+  const unsigned lane = threadIdx.x % 32, from = lane + lanes;
+  return emulator::from_lane(value, from < 32 ? from : lane, p);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned lanes, emulator::Place p = emulator::here()) {
+  emulator::whole_warp(mask);
+  const unsigned lane = threadIdx.x % 32;
+  return emulator::from_lane(value, lane >= lanes ? lane - lanes : lane, p);
+}
+inline unsigned __ballot_sync(unsigned mask, int vote, emulator::Place p = emulator::here()) {
+  emulator::whole_warp(mask);
+  const bool mine = vote != 0;
+  bool all[32];
+  emulator::exchange(&mine, sizeof mine, 0, 32, all, p);
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(all[lane]) << lane;
+  return bits;
+}
+inline int __any_sync(unsigned mask, int vote, emulator::Place p = emulator::here()) {
+  return __ballot_sync(mask, vote, p) != 0;
+}
+inline int __all_sync(unsigned mask, int vote, emulator::Place p = emulator::here()) {
+  return __ballot_sync(mask, vote, p) == ~0u;
 }
 
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
@@ -193,16 +170,22 @@ inline float __uint_as_float(unsigned bits) {
   return value;
 }
 
-inline unsigned __float_as_uint(float value) {
-  unsigned bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 inline unsigned long long __float2ull_rn(float value) {
   return static_cast<unsigned long long>(llrintf(value));
 }
 
 inline void __stwb(uint4* p, uint4 value) { *p = value; }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
