@@ -13,6 +13,7 @@ compares no figures, only that everything compiles and spills no more.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
@@ -29,7 +31,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastlm.triton._configs import ARCHITECTURES
+from fastlm.triton import _configs
+from fastlm.triton._configs import ARCHITECTURES, Config
 from fastlm.triton._launch import Launch, recording
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,6 +146,35 @@ def launches(name: str, architecture: str) -> dict[str, Launch]:
     return found
 
 
+@contextlib.contextmanager
+def watching() -> Iterator[set[tuple[str, str, Config]]]:
+    """Collects what the launchers take from the tables: kernel, architecture, configuration."""
+    taken: set[tuple[str, str, Config]] = set()
+    select = _configs._select
+
+    def watched(name: str, size: int, arch: str) -> Config:
+        config = select(name, size, arch)
+        taken.add((name, arch, config))
+        return config
+
+    _configs._select = watched  # type: ignore[assignment]
+    try:
+        yield taken
+    finally:
+        _configs._select = select
+
+
+def untouched(taken: set[tuple[str, str, Config]], architectures: Sequence[str]) -> list[str]:
+    """The rows of the tables that no example takes, so that nothing of them was compiled."""
+    complaints = []
+    for name in _configs.TABLE:
+        for arch in architectures:
+            for bound, config in _configs.rows(name, arch):
+                if (name, arch, config) not in taken:
+                    complaints.append(f"{name} on {arch}: no example takes the row up to {bound}")
+    return complaints
+
+
 # the instruction of tensor cores, for products of fewer than 64 rows and for the others
 TENSOR_CORES = {
     "sm_80": ("mma.sync", "mma.sync"),
@@ -174,9 +206,14 @@ def main() -> int:
     before = json.loads(TABLE.read_text()) if TABLE.exists() else {"kernels": {}}
     table: dict[str, dict[str, dict[str, int]]] = {}
     complaints: list[str] = []
+    taken: set[tuple[str, str, Config]] = set()
+    architectures = (args.arch,) if args.arch else ARCHITECTURES
     for name in modules(args.only):
-        for arch in (args.arch,) if args.arch else ARCHITECTURES:
-            for label, launch in launches(name, arch).items():
+        for arch in architectures:
+            with watching() as some:
+                found_here = launches(name, arch)
+            taken |= some
+            for label, launch in found_here.items():
                 made = compiled(launch, TARGETS[arch])
                 complaints += checks(label, arch, made)
                 table.setdefault(label, {})[arch] = found = needs(made)
@@ -186,6 +223,8 @@ def main() -> int:
                     text = made.asm["amdgcn" if arch == "gfx942" else "ptx"]
                     plain = re.sub(r"\W+", "_", label)
                     (args.asm / f"{plain}.{arch}.s").write_text(text)
+    if not args.only:
+        complaints += untouched(taken, architectures)
     same = before.get("triton") == triton.__version__
     for label, row in table.items() if not args.write else ():
         for arch, found in row.items():

@@ -2,16 +2,19 @@
 
 A tuner at run time is slow, and makes results differ between runs and between ranks. A table maps
 the size that matters to a kernel (its docstring says which) to the first row whose bound holds.
-No row has been measured on a GPU yet: they come from register and shared memory budgets
-(tests/triton/registers.json) and from published sizes.
+The rows below come from register and shared memory budgets (tests/triton/registers.json) and from
+published sizes; no GPU has measured them. Those of tuned.json, which tools/tune.py writes on a GPU,
+stand in their place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,45 +73,51 @@ _CROSS_ENTROPY: Rows = [
 # Rows of a chunk: 1.05 GB of bf16 logits at 128256 classes
 _LINEAR_CROSS_ENTROPY: Rows = [(ANY, Config((4096,)))]
 
-# Queries and keys of a tile, by head size (twice that for fp32); the kernel of dk and dv names
-# keys first.
+# Queries and keys of a tile, by head size; the kernel of dk and dv names keys first.
 _ATTENTION: Rows = [
     (64, Config((128, 64), 4, 3)),
     (128, Config((128, 32), 8, 2)),
-    (256, Config((64, 32), 8, 1)),
-    (ANY, Config((32, 16), 4, 1)),
+    (ANY, Config((64, 32), 8, 1)),
 ]
 _ATTENTION_KV: Rows = [
     (64, Config((64, 64), 8, 2)),
     (128, Config((64, 32), 8, 1)),
-    (256, Config((32, 16), 8, 1)),
-    (ANY, Config((16, 16), 4, 1)),
+    (ANY, Config((32, 16), 8, 1)),
 ]
 _ATTENTION_Q: Rows = [
     (64, Config((128, 64), 8, 1)),
     (128, Config((64, 32), 8, 1)),
-    (256, Config((32, 32), 8, 1)),
-    (ANY, Config((16, 16), 4, 1)),
+    (ANY, Config((32, 32), 8, 1)),
+]
+# fp32, without tensor cores: a thread holds its part of both factors in registers, so that larger
+# tiles spill by the kilobyte
+_ATTENTION_FP32: Rows = [
+    (64, Config((64, 32), 8, 1)),
+    (128, Config((32, 32), 8, 1)),
+    (ANY, Config((16, 16), 8, 1)),
+]
+_ATTENTION_BACKWARD_FP32: Rows = [
+    (64, Config((32, 32), 8, 1)),
+    (ANY, Config((16, 16), 8, 1)),
 ]
 # wgmma reads keys from shared memory, and two groups of warps share one tile
 _ATTENTION_90: Rows = [
     (64, Config((128, 128), 8, 2)),
     (128, Config((128, 64), 8, 2)),
-    (256, Config((128, 32), 8, 2)),
-    (ANY, Config((64, 16), 8, 1)),
+    (ANY, Config((128, 32), 8, 2)),
 ]
 _ATTENTION_KV_90: Rows = [
     (64, Config((128, 64), 8, 2)),
     (128, Config((128, 32), 8, 2)),
-    (256, Config((64, 32), 8, 2)),
-    (ANY, Config((16, 16), 4, 1)),
+    (ANY, Config((64, 32), 8, 2)),
 ]
 _ATTENTION_Q_90: Rows = [
     (64, Config((128, 64), 8, 2)),
     (128, Config((128, 64), 8, 2)),
-    (256, Config((64, 64), 8, 2)),
-    (ANY, Config((16, 16), 4, 1)),
+    (ANY, Config((64, 64), 8, 2)),
 ]
+# 512 registers a thread of four warps, of 64 threads each, hold what 256 of eight do not
+_ATTENTION_KV_AMD: Rows = [(128, Config((64, 32), 4, 1)), (ANY, Config((32, 16), 8, 1))]
 # Rows at least, and outputs; of one row: outputs and bytes of weights
 _QUANTIZED: Rows = [(16, Config((16, 64), 4, 4)), (ANY, Config((16, 128), 8, 3))]
 _QUANTIZED_ROW: Rows = [(ANY, Config((16, 256), 4, 3))]
@@ -132,7 +141,7 @@ _ATTENTION_DELTA: Rows = [(128, Config((64,), 4)), (ANY, Config((16,), 4))]
 
 TABLE: dict[str, dict[str, Rows]] = {
     "attention": {"": _ATTENTION, "sm_90": _ATTENTION_90},
-    "attention_kv": {"": _ATTENTION_KV, "sm_90": _ATTENTION_KV_90},
+    "attention_kv": {"": _ATTENTION_KV, "sm_90": _ATTENTION_KV_90, "gfx942": _ATTENTION_KV_AMD},
     "attention_q": {"": _ATTENTION_Q, "sm_90": _ATTENTION_Q_90},
     "feed_forward": {
         "": _FEED_FORWARD,
@@ -148,6 +157,9 @@ TABLE: dict[str, dict[str, Rows]] = {
     },
     "feed_forward_few": {"": _FEED_FORWARD_FEW, "gfx942": _FEED_FORWARD_FEW_AMD},
     "feed_forward_fp32": {"": [(ANY, LIBRARY)]},  # no tensor cores
+    "attention_fp32": {"": _ATTENTION_FP32},
+    "attention_kv_fp32": {"": _ATTENTION_BACKWARD_FP32},
+    "attention_q_fp32": {"": _ATTENTION_BACKWARD_FP32},
     "quantized_linear": {"": _QUANTIZED},
     "quantized_row": {"": _QUANTIZED_ROW},
     "decode_attention": {"": _DECODE},
@@ -162,6 +174,39 @@ TABLE: dict[str, dict[str, Rows]] = {
     "linear_cross_entropy": {"": _LINEAR_CROSS_ENTROPY},
 }
 
+TUNED = Path(__file__).with_name("tuned.json")  # what tools/tune.py has measured, if anything
+
+
+def parsed(content: dict[str, Any], file: str) -> dict[str, dict[str, Rows]]:
+    """Architecture -> table -> rows of tools/tune.py's file.
+
+    Raises:
+        ValueError: what is not a table, in a file that is named.
+    """
+    found: dict[str, dict[str, Rows]] = {}
+    for arch, about in content.items():
+        for name, lines in about["tables"].items():
+            table = [
+                (ANY if bound is None else bound, Config(tuple(tile), warps, stages))
+                for bound, tile, warps, stages in lines
+            ]
+            bounds = [bound for bound, _ in table]
+            if arch not in ARCHITECTURES or name not in TABLE:
+                raise ValueError(f"{file}: there is no table {name!r} of {arch!r}")
+            if bounds[-1:] != [ANY] or bounds != sorted(set(bounds)):
+                raise ValueError(
+                    f"{file}: {name} of {arch}: bounds must ascend and end with null, got "
+                    f"{[line[0] for line in lines]}"
+                )
+            found.setdefault(arch, {})[name] = table
+    return found
+
+
+if TUNED.exists():
+    for _arch, _tables in parsed(json.loads(TUNED.read_text()), str(TUNED)).items():
+        for _name, _rows in _tables.items():
+            TABLE[_name][_arch] = _rows
+
 _assumed: str | None = None
 _overrides: dict[str, Config] = {}
 
@@ -175,11 +220,16 @@ def select(name: str, size: int, device: int) -> Config:
 
 @lru_cache(4096)
 def _select(name: str, size: int, arch: str) -> Config:
+    return next(config for bound, config in rows(name, arch) if size <= bound)
+
+
+def rows(name: str, arch: str) -> Rows:
+    """The table of the kernel `name` for an architecture."""
     tables = TABLE[name]
-    config = next(c for bound, c in tables.get(arch, tables[""]) if size <= bound)
+    found = tables.get(arch, tables[""])
     if arch.startswith("gfx"):  # whose warps have 64 threads: a block holds 16
-        config = config._replace(warps=min(config.warps, 16))
-    return config
+        return [(n, c._replace(warps=min(c.warps, 16))) for n, c in found]
+    return found
 
 
 def architecture(device: int) -> str:

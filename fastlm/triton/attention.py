@@ -78,7 +78,9 @@ class _Call:
         self.precision = {"PRECISION": "ieee" if precise else "tf32"}
 
     def config(self, name: str) -> Config:
-        size = max(self.shape["BD"], self.shape["BDV"]) * (2 if self.low else 1)
+        size = max(self.shape["BD"], self.shape["BDV"])
+        if self.low and name != "attention_delta":
+            name += "_fp32"
         return _configs.select(name, size, self.q.get_device())
 
     def tiles(self, rows: int, tile: int) -> int:
@@ -387,10 +389,12 @@ def attention_gradients(
 
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls whose kernels are compiled ahead of time."""
-    for size, causal in ((64, True), (96, False), (128, True)):
-        q, k, v = _heads(size)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    forms = ((64, True, bf16), (96, False, bf16), (128, True, bf16), (256, True, bf16))
+    for size, causal, dtype in (*forms, *((size, False, fp32) for size in (64, 128, 256))):
+        q, k, v = _heads(size, dtype)
         options = (None, None, None, None, None, causal, 0, size**-0.5, 0.0)
-        name = f"{size}{' causal' if causal else ''}"
+        name = f"{size}{' causal' if causal else ''}{' fp32' if dtype == fp32 else ''}"
         yield f"attention {name}", partial(attention, q, k, v, *options)
         yield f"attention_backward {name}", partial(_backward, q, k, v, options, True)
     q, k, v = _heads(64, torch.float16)

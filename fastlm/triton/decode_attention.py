@@ -301,9 +301,12 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     q = torch.empty(32, 32, 1, 128, dtype=torch.bfloat16, device="meta")
     lengths = q.new_empty(32, dtype=torch.int32)
     none = (None, None, 0.0, None, None, None, None)
-    cache = q.new_empty(32, 8, 4096, 128)
-    call = partial(decode_attention, q, cache, cache, lengths, 0, 0.1, 0)
-    yield "decode_attention", partial(call, *none)
+    for size, dtype in ((128, q.dtype), (256, q.dtype), (64, torch.float32), (256, torch.float32)):
+        x = q.new_empty(32, 32, 1, size, dtype=dtype)
+        cache = x.new_empty(32, 8, 4096, size)
+        call = partial(decode_attention, x, cache, cache, lengths, 0, 0.1, 0)
+        name = "decode_attention" if size == 128 else f"decode_attention {size} {dtype}"
+        yield name.replace("torch.", ""), partial(call, *none)
     pages = q.new_empty(4096, 8, 16, 128, dtype=torch.int8)
     scales, slopes = (q.new_empty(n, dtype=torch.float32) for n in ((4096, 8, 16), (32,)))
     table = lengths.new_empty(32, 256)

@@ -270,8 +270,9 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     tails = x.new_empty(64, 2040, dtype=torch.float16)
     yield "feed_forward transposed", partial(_hidden, tails, turned, turned, None, None, 0, False)
     yield "feed_forward one row", partial(_hidden, x[:1], w, w, None, None, 0, False)
-    wide = x.new_empty(64, 16384, dtype=torch.float32)
-    by_library = partial(_hidden, wide, wide, wide, None, None, 0, True)
-    yield "feed_forward by the library", by_library
+    for dtype, keeps in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)):
+        wide = x.new_empty(128, 8192, dtype=dtype)
+        by_library = partial(_hidden, wide, wide, wide, None, None, 0, keeps)
+        yield f"feed_forward by the library {dtype}".replace("torch.", ""), by_library
     yield "feed_forward_backward", partial(feed_forward_backward, x, x, x, 0)
     yield "feed_forward_backward plain", partial(feed_forward_backward, x, x, None, 1)

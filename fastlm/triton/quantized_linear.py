@@ -151,12 +151,12 @@ def quantized_linear(
 
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls whose kernels are compiled ahead of time."""
-    x = torch.empty(16, 4096, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(64, 4096, dtype=torch.bfloat16, device="meta")
     scale = x.new_empty(4096, 128, dtype=torch.float16)
     by_8, by_4 = (
         x.new_empty(4096, n, dtype=t) for n, t in ((4096, torch.int8), (2048, torch.uint8))
     )
-    for count in (1, 16):
+    for count in (1, 16, 64):
         some = x[:count]
         call = partial(quantized_linear, some, by_8, scale, None, None, 4096, False)
         yield f"quantized_linear int8 {count}", call

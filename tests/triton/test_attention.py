@@ -21,6 +21,8 @@ TILES = {
     "attention_delta": Config((16,)),
 }
 
+TILES |= {f"{name}_fp32": TILES[name] for name in ("attention", "attention_kv", "attention_q")}
+
 
 @pytest.fixture(autouse=True)
 def _small_tiles():
