@@ -76,6 +76,18 @@ def _rope() -> list[GpuCase]:
     ]
 
 
+def _rope_append() -> list[GpuCase]:
+    def make(dtype: str, batch: int, heads: int, kv: int, keys: int) -> GpuCase:
+        small = (dtype, min(batch, 2), 1, heads, kv, 128, 64)
+        return _of("rope_append", (dtype, batch, 1, heads, kv, 128, keys), small)
+
+    return [
+        make("bf16", 1, 32, 32, 2048),
+        make("bf16", 16, 32, 8, 4096),
+        make("fp32", 1, 32, 8, 2048),
+    ]
+
+
 def _activation() -> list[GpuCase]:
     def make(dtype: str, kind: str, rows: int, width: int, **options) -> GpuCase:
         peers = lambda w: gpu_peers.activation(kind, options.get("gated", False))  # noqa: E731
@@ -173,7 +185,12 @@ def _quantized_linear() -> list[GpuCase]:
     def make(bits: int, rows: int, k: int, n: int) -> GpuCase:
         return _of("quantized_linear", ("bf16", bits, rows, k, n), ("bf16", bits, rows, 512, 1024))
 
-    return [make(4, 1, 4096, 14336), make(8, 1, 4096, 14336), make(4, 16, 4096, 14336)]
+    return [
+        make(4, 1, 4096, 14336),
+        make(8, 1, 4096, 14336),
+        make(4, 16, 4096, 14336),
+        make(4, 4, 4096, 4096),
+    ]
 
 
 def _linear() -> list[GpuCase]:
@@ -194,6 +211,7 @@ _MAKE = {
     "rms_norm": lambda: _norms("rms_norm"),
     "layer_norm": lambda: _norms("layer_norm"),
     "rope": _rope,
+    "rope_append": _rope_append,
     "activation": _activation,
     "attention": _attention,
     "decode_attention": _decode_attention,

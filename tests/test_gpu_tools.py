@@ -31,7 +31,7 @@ def test_stages_are_parsed_in_their_order():
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("tests", "expected build, test, sanitize, bench, got 'tests'"),
+        ("tests", "expected build, test, sanitize, decode, bench, got 'tests'"),
         ("build:x", "build takes no selection"),
         ("", "expected some of build"),
     ],
@@ -157,7 +157,7 @@ def test_a_run_records_times_and_becomes_a_table(tmp_path, capsys):
     table = gpu_report.render(content)
     assert "16x4096+residual" in table and "| against eager |" in table
     (best,) = gpu_report.fastest(content)
-    assert set(best["order"]) == {"cpu", "eager"}
+    assert set(best["order"]) == {"cpu", "torch", "eager"}
     assert report_tool.main([str(tmp_path)]) == 0 and "## Figures" in capsys.readouterr().out
 
 

@@ -1,11 +1,11 @@
 """`make gpu`: builds for the GPU that is here, tests it, and measures it, in under ten minutes.
 
-    python3 tools/gpu.py --results DIR --stages build,test,sanitize,bench
+    python3 tools/gpu.py --results DIR --stages build,test,sanitize,decode,bench
     python3 tools/gpu.py --stages build,test:attention,bench:rms_norm+rope
 
 Needs an NVIDIA GPU, and no network where `python3` has everything (scripts/bootstrap.py). A stage
 has a time limit of its own, so that one hang does not eat the run; output goes to the terminal and
-to files under DIR, where summary.json, tests.jsonl and bench.json are whole at any moment.
+to files under DIR, where every JSON file (summary, tests, decode-*, bench) is whole at any moment.
 Standard library only: it runs before anything is built. Exit status: 0 all passed, 1 something
 failed, 2 a wrong argument, 3 no GPU.
 """
@@ -29,9 +29,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests/gpu"
-STAGES = {"build": 240, "test": 230, "sanitize": 100, "bench": 420}  # name -> seconds at most
+STAGES = {
+    "build": 240,
+    "test": 210,
+    "sanitize": 80,
+    "decode": 100,
+    "bench": 420,
+}  # name -> seconds at most
+FORM = "build,test[:WORD+..],sanitize[:OP+..],decode[:bf16+int4],bench[:OP+..]"
 TEST_FILE = 150  # seconds one test file may take
 TOGETHER = 4  # test files at a time
+DECODED = ("bf16", "int4")  # weights of the 7B-shaped decoder
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 NO_GPU = 3
 
@@ -304,6 +312,27 @@ def sanitize(session: Session, only: list[str]) -> Step:
     return stage
 
 
+def decode(session: Session, only: list[str]) -> Step:
+    """A decoder of 7B, a token at a time: a process and a file of results per weight type."""
+    if session.device == "cpu":
+        return Step("decode", "skipped", note="tried out on a CPU")
+    stage = Step("decode", "passed")
+    kinds = [kind for kind in DECODED if not only or kind in only]
+    if not kinds:
+        raise Refused(f"decode: expected {' or '.join(DECODED)}, got {'+'.join(only)}")
+    end = time.monotonic() + session.left(STAGES["decode"])
+    for number, kind in enumerate(kinds):
+        command = [session.python, "-m", "benchmarks.models.gpu_decode", "--size", "7B"]
+        command += ["--dtype", kind, "--peer", "launched", "--new", "96", "--rounds", "2"]
+        command += ["--out", session.results / f"decode-{kind}.json"]
+        left = (end - time.monotonic()) / (len(kinds) - number)
+        step, _ = session.run(f"decode-{kind}", command, left)
+        stage.steps.append(step)
+        if step.status != "passed":
+            stage.status, stage.note = step.status, f"{step.name}: {step.note}"
+    return stage
+
+
 def bench(session: Session, only: list[str]) -> Step:
     """The benchmarks, started again after a case that killed their process."""
     out = session.results / "bench.json"
@@ -337,6 +366,7 @@ STAGE: dict[str, Callable[[Session, list[str]], Step]] = {
     "build": build,
     "test": test,
     "sanitize": sanitize,
+    "decode": decode,
     "bench": bench,
 }
 
@@ -388,7 +418,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--results", type=Path, default=ROOT / "gpu-results", help="folder of the results")
-    add("--stages", default=",".join(STAGES), help="build,test[:WORD+..],sanitize,bench[:OP+..]")
+    add(
+        "--stages",
+        default=",".join(STAGES),
+        help=FORM,
+    )
     add("--limit", type=float, default=580, help="seconds the whole run may take (default 580)")
     add("--commit", default="", help="what to record where this is no git checkout")
     add("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)

@@ -2,7 +2,7 @@
 
 python tools/gpu_report.py gpu-results                 # stages, tests, figures
 python tools/gpu_report.py gpu-results --fastest       # JSON: what is fastest per case
-python tools/gpu_report.py gpu-results --keep          # bench.json into benchmarks/results/
+python tools/gpu_report.py gpu-results --keep          # the figures into benchmarks/results/
 """
 
 from __future__ import annotations
@@ -56,6 +56,22 @@ def tests(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def decoding(folder: Path) -> str:
+    """A line per model and way of running it."""
+    lines = []
+    for file in sorted(folder.glob("decode-*.json")):
+        for model in results_file.read(file)["models"]:
+            for name, figures in model["variants"].items():
+                what = f"- {model['size']} {model['dtype']}, {name}:"
+                if "failed" in figures:
+                    lines.append(f"{what} failed: {figures['failed']}")
+                    continue
+                rate = figures["tokens_per_second"]
+                share = rate / model["limit"]
+                lines.append(f"{what} {rate:.1f} tokens/s, {share:.0%} of the bandwidth's limit")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what is there."""
     parser = argparse.ArgumentParser(
@@ -81,8 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = results_file.FOLDER / name / f"{content['date'][:10]}-{content['commit']}.json"
         results_file.write(target, {k: v for k, v in content.items() if k != "format"})
         print(f"written: {target}")
+        for file in sorted(args.folder.glob("decode-*.json")):
+            copy = target.with_name(f"{target.stem}-{file.name}")
+            results_file.write_text(copy, file.read_text())
+            print(f"written: {copy}")
         return 0
     parts = {"Stages": stages(args.folder), "Tests": tests(args.folder)}
+    parts["Decoding"] = decoding(args.folder)
     if content is not None:
         parts["Figures"] = gpu_report.render(content)
     shown = [f"## {title}\n\n{text}" for title, text in parts.items() if text]

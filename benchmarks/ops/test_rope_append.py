@@ -1,4 +1,7 @@
-"""rope_append: cases. q, k and v are views of one projection; the cache is of a model's size."""
+"""rope_append: cases, q, k and v being views of one projection, the cache of a model's size.
+
+A further peer: our own rotation and the copies, one by one.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ def case(dtype: str, batch: int, tokens: int, heads: int, kv_heads: int, head: i
             lambda x: form(x, ops.rope_append, cos, sin, *caches),
             lambda x: form(x, separate, cos, sin, *caches),
             lambda x: form(x, separate, *exact),
+            {"apart": lambda x: form(x, apart, cos, sin, *caches)},
         )
 
     grouped = "" if heads == kv_heads else f"/{kv_heads}"
@@ -54,6 +58,14 @@ def separate(q, k, v, cos, sin, k_cache, v_cache, length):
     new = slice(length - q.shape[2], length)
     q, k = eager(q, k, cos[new], sin[new])
     k_cache[:, :, new] = k
+    v_cache[:, :, new] = v
+    return q
+
+
+def apart(q, k, v, cos, sin, k_cache, v_cache, length):
+    """Our own rotation, then the copies."""
+    new = slice(length - q.shape[2], length)
+    q, k_cache[:, :, new] = ops.rope(q, k, cos[new], sin[new])
     v_cache[:, :, new] = v
     return q
 

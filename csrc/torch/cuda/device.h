@@ -16,7 +16,7 @@ const char* error_text(int status);
 // Makes t's device the current one while it lives; knows the stream PyTorch queues work on there.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {
+  explicit OnDevice(const Tensor& t) : index_(index_of(t)), guard_(index_) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                     "fastlm: this build of PyTorch has no CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
@@ -37,6 +37,11 @@ class OnDevice {
   }
 
  private:
+  static int32_t index_of(const Tensor& t) {
+    STD_TORCH_CHECK(t.is_cuda(), "fastlm: expected a tensor on a GPU, like the others");
+    return t.get_device_index();
+  }
+
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
