@@ -17,17 +17,18 @@ inline void for_lanes(int64_t begin, int64_t end, F&& f) {
 template <class T, Activation kAct>
 void forward_rows(const ActivationForward& a, int64_t row, int64_t row_end, int64_t begin,
                   int64_t end) {
+  constexpr bool kFine = sizeof(T) == sizeof(float);
   for (; row < row_end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     T* y = static_cast<T*>(a.y) + row * a.cols;
     if (a.up == nullptr) {
       for_lanes(begin, end, [&](int64_t i, auto... n) {
-        store(y + i, activate<kAct>(load(x + i, n...)), n...);
+        store(y + i, activate<kAct, kFine>(load(x + i, n...)), n...);
       });
     } else {
       const T* up = static_cast<const T*>(a.up) + row * a.up_stride;
       for_lanes(begin, end, [&](int64_t i, auto... n) {
-        store(y + i, activate<kAct>(load(x + i, n...)) * load(up + i, n...), n...);
+        store(y + i, activate<kAct, kFine>(load(x + i, n...)) * load(up + i, n...), n...);
       });
     }
   }

@@ -390,8 +390,9 @@ struct Scores {
     for (int64_t j = 0; j < vectors * kLanes; j += kLanes) {
       VecF x = load(s + j);
       if (a.softcap != 0.0f) {
-        const VecF cap = set1(a.softcap), t = vtanh(x / cap);
-        if (slope != nullptr) store(slope + j, set1(1.0f) - t * t);
+        VecF falls;
+        const VecF cap = set1(a.softcap), t = vtanh(x / cap, &falls);
+        if (slope != nullptr) store(slope + j, falls);
         x = cap * t;
       }
       if (biased) x = x + load(bias + j);

@@ -30,14 +30,21 @@ struct Plain {
 struct Capped {
   float cap;
   explicit Capped(float softcap) : cap(softcap) {}
-  VecF tanh(VecF x) const { return vtanh(x / set1(cap)); }
-  VecF operator()(VecF x) const { return set1(cap) * tanh(x); }
+  VecF operator()(VecF x) const { return set1(cap) * vtanh(x / set1(cap)); }
+  VecF slope(VecF x) const {  // dz/dlogit
+    VecF slope;
+    vtanh(x / set1(cap), &slope);
+    return slope;
+  }
 };
+inline float first_lane(VecF x) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, x);
+  return lanes[0];
+}
 template <class Bound>
 inline float bounded(const Bound& bound, float x) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, bound(set1(x)));
-  return lanes[0];
+  return first_lane(bound(set1(x)));
 }
 
 // Folds f over a row in four independent accumulators: f(acc, vector, offset).
@@ -136,7 +143,7 @@ inline void write_gradient(const CrossEntropy& a, const T* x, T* g, int64_t t, c
   const float z = bounded(bound, to_float(x[t]));
   float own = f.slope * (expf(z - s.top) / s.sum) - f.keep;
   own -= f.even * (a.class_weight == nullptr ? 1.0f : a.class_weight[t]);
-  if constexpr (!__is_same(Bound, Plain)) own *= 1.0f - z / bound.cap * (z / bound.cap);
+  if constexpr (!__is_same(Bound, Plain)) own *= first_lane(bound.slope(set1(to_float(x[t]))));
   const VecF even = set1(f.even);
   for (int64_t b = 0; b < a.classes; b += kBlock) {
     const int64_t n = min_of(kBlock, a.classes - b);
@@ -154,8 +161,7 @@ inline void write_gradient(const CrossEntropy& a, const T* x, T* g, int64_t t, c
     each(n, [&](int64_t i, auto... some) {
       VecF v = load(e + i) * factor - (w == nullptr ? even : even * load(w + i, some...));
       if constexpr (!__is_same(Bound, Plain)) {
-        const VecF tanh = bound.tanh(load(x + b + i, some...));
-        v = v * (set1(1.0f) - tanh * tanh);
+        v = v * bound.slope(load(x + b + i, some...));
       }
       put<kStream>(g + b + i, v, some...);
     });

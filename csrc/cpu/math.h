@@ -59,9 +59,10 @@ inline VecF vexp2_falling(VecF y) {
 // 1 / (1 + e^-x)
 inline VecF vsigmoid(VecF x) { return set1(1.0f) / (set1(1.0f) + vexp(zero() - x)); }
 
-// tanh x: Cephes' polynomial near zero, exponentials beyond.
-inline VecF vtanh(VecF x) {
-  const VecF size = vabs(x), z = x * x;
+// tanh x: Cephes' polynomial near zero, exponentials beyond. *slope = 1 - tanh^2, beyond from the
+// exponential too: of a tanh rounded to nearly one nothing is left.
+inline VecF vtanh(VecF x, VecF* slope) {
+  const VecF size = vabs(x), z = x * x, one = set1(1.0f);
   VecF p = set1(-5.70498872745e-3f);
   p = fma(p, z, set1(2.06390887954e-2f));
   p = fma(p, z, set1(-5.37397155531e-2f));
@@ -69,7 +70,13 @@ inline VecF vtanh(VecF x) {
   p = fma(p, z, set1(-3.33332819422e-1f));
   const VecF near = fma(p * z, x, x);
   const VecF e = vexp_falling<6>(set1(-2.0f) * size);
-  const VecF far = (set1(1.0f) - e) / (set1(1.0f) + e);
+  const VecF rest = (e + e) / (one + e), far = one - rest;  // tanh |x| = 1 - rest
   const VecF signed_far = select(less(x, zero()), zero() - far, far);
-  return select(less(size, set1(0.625f)), near, signed_far);
+  const auto is_near = less(size, set1(0.625f));
+  *slope = select(is_near, one - near * near, rest * (one + far));
+  return select(is_near, near, signed_far);
+}
+inline VecF vtanh(VecF x) {
+  VecF slope;
+  return vtanh(x, &slope);
 }

@@ -171,6 +171,16 @@ def test_reference_has_the_options_pytorch_lacks(option):
         torch.testing.assert_close(*grads)
 
 
+@needs_native
+@pytest.mark.parametrize("size", [1.0, 4.0, 16.0])
+def test_gradients_at_the_bound_of_a_soft_cap(size):
+    """Where tanh is all but one, its slope is lost if it is taken from a rounded tanh."""
+    inputs = [size * heads(1, 2, 40, 32), heads(1, 2, 60, 32), heads(1, 2, 60, 32)]
+    with ops.use_backend("cpu"):
+        theirs = lambda q, k, v: in_steps(q, k, v, causal=True, softcap=0.7)  # noqa: E731
+        matches(inputs, {"causal": True, "softcap": 0.7}, theirs)
+
+
 def with_bias(q, k, v, *, causal, alibi_slopes=None, sinks=None):
     """PyTorch's own attention: slopes as an additive mask, the sink as a key of value zero."""
     tq, tk = q.shape[2], k.shape[2]

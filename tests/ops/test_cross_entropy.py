@@ -66,6 +66,19 @@ def test_matches_float64(backend, dtype, shape, form):
         )
 
 
+@pytest.mark.parametrize("size", [1.0, 4.0, 16.0])
+def test_gradients_at_the_bound_of_a_soft_cap(size):
+    """Where tanh is all but one, its slope is lost if it is taken from a rounded tanh."""
+    x, target = size * torch.randn(64, 101), torch.randint(0, 101, (64,))
+    kw = {"softcap": 1.3, "reduction": "none"}
+    check(
+        lambda x: ops.cross_entropy(x, target, **kw),
+        lambda x: reference.cross_entropy(x, target, **kw),
+        lambda x: reference.cross_entropy(x, target, **kw),
+        [x],
+    )
+
+
 @pytest.mark.parametrize("form", OPTIONS)
 def test_a_row_alone_equals_itself_among_others(form):
     x, target = torch.randn(5, 4999) * 3, torch.randint(0, 4999, (5,))
