@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastlm.ops import _measured
+
 from . import driver, machine
 from .case import Case
 from .driver import Outcome
@@ -76,6 +78,7 @@ def measure(cases: Sequence[Case], plan: Plan, say: Say) -> tuple[dict, list[Out
             "allocator": allocator,
             "realtime": plan.realtime,
             "seconds_per_case": plan.seconds,
+            "tuned": _tuned(),
             "environment": {k: v for k, v in os.environ.items() if k.startswith("FASTLM_")},
         },
         "limits": {
@@ -85,6 +88,12 @@ def measure(cases: Sequence[Case], plan: Plan, say: Say) -> tuple[dict, list[Out
         "cases": [outcome.record() for outcome in outcomes],
     }
     return content, outcomes
+
+
+def _tuned() -> int:
+    """How many classes of calls `fastlm tune` has measured here: they may be chosen otherwise."""
+    measured = _measured.verdicts("cpu").values()
+    return sum(len(classes) for facts in measured for classes in facts.values())
 
 
 def line(outcome: Outcome) -> str:
@@ -125,6 +134,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
                 clear = o.times["ours"].p25 > o.times[name].p75
                 verdict = "slower than" if clear else "within the noise of"
                 lines.append(f"  {verdict} {name}: {o.case.id} {o.ratios[name]:.2f}x")
+    if theirs := sum(o.backend == "torch" for o in timed):
+        lines.append(f"{theirs} cases ran PyTorch's own kernels, chosen as the faster ones")
     for status, meaning in (
         ("reference", "cases have no kernel of their own here and were not timed"),
         ("wrong", "cases gave a wrong result and were not timed"),

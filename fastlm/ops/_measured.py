@@ -134,10 +134,10 @@ _fixed: Verdicts | None = None
 def verdicts(device: str) -> Verdicts:
     """What was measured on tensors of this device type, here and with these versions."""
     if _fixed is not None:
-        return _fixed if device == "cpu" else {}
+        return _fixed
     key = _place(device)
     if key not in _here:
-        _here[key] = _parsed(_section(_read(), identity(device))["verdicts"])
+        _here[key] = parsed(_section(_read(), identity(device))["verdicts"])
     return _here[key]
 
 
@@ -174,13 +174,24 @@ def _place(device: str) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def fixed(table: Verdicts) -> Iterator[None]:
-    """Inside, these verdicts stand in place of the file's on the CPU, and nothing is measured."""
+    """Inside, these verdicts stand in place of the file's, and nothing is measured."""
     global _fixed
     before, _fixed = _fixed, table
     try:
         yield
     finally:
         _fixed = before
+
+
+def stored(device: str) -> dict[str, Any]:
+    """The verdicts of here as JSON has them; `parsed` reads them again."""
+    return {
+        stem: {
+            name: {sizes: asdict(entry) for sizes, entry in classes.items()}
+            for name, classes in facts.items()
+        }
+        for stem, facts in verdicts(device).items()
+    }
 
 
 def is_fixed() -> bool:
@@ -246,7 +257,7 @@ def load(path: Path) -> list[dict[str, Any]]:
         assert isinstance(sections, list)
         for section in sections:
             assert isinstance(section["for"], dict)
-            _parsed(section["verdicts"])
+            parsed(section["verdicts"])
     except (AssertionError, AttributeError, KeyError, TypeError):
         raise ValueError(f"{path}: a table of measured winners that is damaged") from None
     return sections
@@ -278,7 +289,8 @@ def _section(sections: list[dict[str, Any]], wanted: Identity) -> dict[str, Any]
     return sections[-1]
 
 
-def _parsed(stored: dict[str, Any]) -> Verdicts:
+def parsed(stored: dict[str, Any]) -> Verdicts:
+    """The verdicts from JSON; TypeError for what is none."""
     return {
         stem: {
             name: {sizes: Entry(**entry) for sizes, entry in classes.items()}

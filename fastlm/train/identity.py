@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastlm.ops import _product
+from fastlm.ops import _measured, _product
 from fastlm.train.batches import Source
 from fastlm.train.checkpoint import TrainingError
 from fastlm.train.config import CHANGEABLE, TrainConfig
@@ -46,16 +46,17 @@ def compare(stored: Values, asked: Values, where: Path) -> None:
 
 
 def products(config: TrainConfig, device: torch.device) -> Values:
-    """Which kernels compute the matrix products on a CPU, by element type.
+    """Which kernels compute the matrix products on a CPU, by element type, and what was tuned.
 
     They are measured when a run begins and kept in its folder: a measurement after a resume could
     choose otherwise, and the kernels differ in the last bits.
     """
     if device.type != "cpu":
-        return {}
+        return {"tuned": _measured.stored(device.type)}
     if config.products != "measured":
         own = config.products == "own"
         verdict = asdict(_product.Winners(own, own, own, own, f"products = {config.products!r}"))
         return {"float32": verdict, "bfloat16": verdict}
     types = [torch.float32] + [torch.bfloat16] * ("bf16" in config.precision)
-    return {str(t).removeprefix("torch."): asdict(_product.winners(t)) for t in types}
+    table = {str(t).removeprefix("torch."): asdict(_product.winners(t)) for t in types}
+    return {**table, "tuned": _measured.stored("cpu")}

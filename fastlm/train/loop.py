@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastlm.ops import _product
+from fastlm.ops import _measured, _product
 from fastlm.train import checkpoint, identity, optim
 from fastlm.train.batches import Batch, Source, share
 from fastlm.train.checkpoint import Checkpoints, TrainingError
@@ -152,7 +152,7 @@ class _Run:
         random = torch.get_rng_state()
         try:
             found = self._open(resume)
-            with _product.fixed(self._products()), self.stop.listening():
+            with _product.fixed(*self._products()), self.stop.listening():
                 self._prepare(found)
                 path = self.checkpoints.out / "log.jsonl" if self.checkpoints and first else None
                 shown = first and not quiet
@@ -380,12 +380,14 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         return identity.describe(self.config, self.source, self.validation)
 
-    def _products(self) -> dict[torch.dtype, _product.Winners]:
+    def _products(self) -> tuple[dict[torch.dtype, _product.Winners], _measured.Verdicts]:
         if self.checkpoints is None:
             table = identity.products(self.config, self.engine.device)
         else:
             table = checkpoint.read_json(self.checkpoints.out / "run.json")["products"]
-        return {getattr(torch, name): _product.Winners(**v) for name, v in table.items()}
+        tuned = _measured.parsed(table.get("tuned", {}))
+        types = {name: v for name, v in table.items() if name != "tuned"}
+        return {getattr(torch, name): _product.Winners(**v) for name, v in types.items()}, tuned
 
     def _prepare(self, found: Path | None) -> None:
         """Model, optimiser and progress, fresh or as a checkpoint has them."""
