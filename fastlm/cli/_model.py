@@ -21,7 +21,9 @@ def model_options(command: F) -> F:
         click.option("--adapter", type=click.Path(exists=True), help="A LoRA's directory."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
         click.option(
-            "--quantize", type=click.Choice(["int8", "int4"]), help="Hold the weights in integers."
+            "--quantize",
+            type=click.Choice(["int8", "int4", "stored"]),
+            help="Hold the weights in integers; stored: in those of a GGUF file as they are.",
         ),
         click.option("--dtype", help="float32 or bfloat16; by default as stored."),
     ):
@@ -93,14 +95,17 @@ def open_model(
         path = str(resolve(path))  # a training run's best checkpoint
     except TrainingError as error:
         raise ValueError(str(error)) from error
-    model = Decoder.from_pretrained(path, dtype).eval()
+    model = Decoder.from_pretrained(path, dtype, quantized=quantize == "stored").eval()
     text = tokenizer.load(model.source or path)
     text.check_fits(model.config.vocab)
     if adapter is not None:
+        from fastlm import nn
         from fastlm.train import lora
 
+        if any(isinstance(module, nn.QuantizedLinear) for module in model.modules()):
+            raise ValueError(f"--adapter: {path} is held in integers, into which none is merged")
         lora.load(model, adapter).merge()
-    if quantize is not None:
+    if quantize in ("int8", "int4"):
         model.quantize(int(quantize.removeprefix("int")))
     return model.to(place), text
 

@@ -229,7 +229,8 @@ def read(values: Mapping[str, Any], where: str) -> Config:
     for key, value in family.known.items():
         if values.get(key, value) != value:
             raise ValueError(f"{where}: {key} must be {value!r}, got {values[key]!r}")
-    if "quantization_config" in values:
+    method = (values.get("quantization_config") or {}).get("quant_method", "another")
+    if "quantization_config" in values and method != "fastlm":
         raise ValueError(f"{where}: quantization_config is not supported; use the plain weights")
     fields: dict[str, Any] = dict(family.fixed)
     for name, key in family.keys.items():

@@ -17,6 +17,8 @@ from fastlm.hf import families
 from fastlm.hf.weights import CheckpointError, write_json
 from fastlm.models.config import Config
 from fastlm.nn.rope import scaled_frequencies
+from fastlm.reference.quantized_weight import GGUF as KINDS
+from fastlm.reference.quantized_weight import QuantizedWeight
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 _STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -189,7 +191,22 @@ class GGUFFile:
         values = torch.from_numpy(
             np.require(dequantize(tensor.data, tensor.tensor_type), requirements="W")
         )
-        values = values.view(self.shapes().get(name, (-1,)))
+        return self._half_split(name, values.view(self.shapes().get(name, (-1,))))
+
+    def integers(self, name: str) -> QuantizedWeight | None:
+        tensor = self._tensors.get(name)
+        kind = "" if tensor is None else tensor.tensor_type.name
+        if tensor is None or kind not in KINDS:
+            return None
+        # copied out of the file, which may change under its mapping
+        blocks = torch.from_numpy(np.array(tensor.data)).view(self.shapes()[name][0], -1)
+        return QuantizedWeight.from_gguf(self._half_split(name, blocks), kind)
+
+    def head_integers(self) -> QuantizedWeight | None:
+        return self.integers("token_embd.weight")
+
+    def _half_split(self, name: str, values: Tensor) -> Tensor:
+        """The rows of a tensor, those of q and k in half-split order."""
         module = name.rsplit(".", 1)[0]
         if self.family.gguf_interleaved and module.endswith((".attn_q", ".attn_k")):
             heads = self.get(f"{self.arch}.attention.head_count")

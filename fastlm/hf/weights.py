@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,13 +13,39 @@ from torch import Tensor
 
 from fastlm import nn
 from fastlm.hf import families
+from fastlm.hf._directory import (
+    FLOATS,
+    INTEGERS,
+    CheckpointError,
+    read_json,
+    write_directory,
+    write_json,
+)
 from fastlm.hf.families import Family
 from fastlm.models.config import Config
 from fastlm.models.decoder import Decoder
+from fastlm.reference.quantized_weight import GGUF as KINDS
+from fastlm.reference.quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from fastlm.hf.gguf import GGUFFile
 
+__all__ = [
+    "COMPANIONS",
+    "CheckpointError",
+    "Safetensors",
+    "Tensors",
+    "as_dtype",
+    "build",
+    "convert_gguf",
+    "hf_names",
+    "load",
+    "read_config",
+    "read_json",
+    "save",
+    "write_directory",
+    "write_json",
+]
 # What lies beside the weights and is copied with them.
 COMPANIONS = (
     "tokenizer.json",
@@ -36,12 +60,9 @@ COMPANIONS = (
     "generation_config.json",
 )
 MAX_SHARD_BYTES = 5_000_000_000
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+QUANTIZATION = "quantization_config"  # in config.json
+_PARTS = ("values", "scale", "minimum")  # of a matrix in integers, beside each other
 Path_ = str | os.PathLike[str]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: the message names the file and what is wrong with it."""
 
 
 class Tensors(Protocol):
@@ -58,14 +79,25 @@ class Tensors(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor; it may share the file's memory."""
 
+    def integers(self, name: str) -> QuantizedWeight | None:
+        """A matrix [out, in] that is stored in integers, as it is; None for another."""
 
-def load(path: Path_, dtype: torch.dtype | str | None = None) -> Decoder:
+    def head_integers(self) -> QuantizedWeight | None:
+        """The head in integers of a model whose head is tied to its embedding."""
+
+
+def load(
+    path: Path_, dtype: torch.dtype | str | None = None, *, quantized: bool = False
+) -> Decoder:
     """Opens a Hugging Face directory (config.json and safetensors) or a .gguf file.
 
     Args:
-        path: the directory or file.
+        path: the directory or file. One that holds a quantized decoder is opened as such.
         dtype: of the weights, as torch.dtype or by name ("bfloat16"); as stored by default, fp32
             for quantised GGUF files.
+        quantized: keep the blocks of a GGUF file of type Q8_0, Q4_0 or Q4_1 as they are, bit for
+            bit, in `fastlm.nn.QuantizedLinear`. The embedding is widened to dtype, and so are q, k
+            and v of different types.
 
     Returns:
         The model in evaluation mode, on CPU.
@@ -73,7 +105,7 @@ def load(path: Path_, dtype: torch.dtype | str | None = None) -> Decoder:
     Raises:
         FileNotFoundError: nothing there.
         CheckpointError: a truncated or foreign file, an unknown architecture, missing, unexpected
-            or misshapen tensors.
+            or misshapen tensors; quantized, and nothing in the file is.
         ImportError: a GGUF file without the package gguf.
     """
     path = Path(path)
@@ -83,13 +115,22 @@ def load(path: Path_, dtype: torch.dtype | str | None = None) -> Decoder:
         from fastlm.hf.gguf import GGUFFile
 
         file = GGUFFile(path)
-        model = build(file.config(), file, file.names(), dtype)
+        model = build(file.config(), file, file.names(), dtype, quantized)
         model.source = file
-        return model
-    config = read_config(path)
-    family = families.by_model_type(config.family, str(path / "config.json"))
-    model = build(config, Safetensors(path, family, config.tied_head), hf_names(family), dtype)
-    model.source = path
+    else:
+        config = read_config(path)
+        family = families.by_model_type(config.family, str(path / "config.json"))
+        stored = QUANTIZATION in config.extra
+        stem = INTEGERS if stored else FLOATS
+        tensors = Safetensors(path, family, config.tied_head, stem)
+        model = build(config, tensors, hf_names(family), dtype, stored)
+        model.source = path
+        how = config.extra.pop(QUANTIZATION, {}).get("activations", "exact")
+        for module in model.modules():
+            if isinstance(module, nn.QuantizedLinear):
+                module.activations = how
+    if quantized and not _quantized(model):
+        raise CheckpointError(f"{path}: no weight is of {', '.join(KINDS)} or saved quantized")
     return model
 
 
@@ -111,18 +152,24 @@ def save(
         max_shard_bytes: larger weights are split into several files.
         companions: whether to write the tokenizer's files of the checkpoint it was loaded from.
 
+    A quantized model is written in integers, for `load`; transformers refuses it by name.
+
     Raises:
-        ValueError: a quantized model.
+        ValueError: a quantized model whose layers treat x differently.
     """
-    if any(isinstance(module, nn.QuantizedLinear) for module in model.modules()):
-        raise ValueError("save: a quantized model cannot be saved; save it before `quantize`")
     path = Path(path)
     family = families.of(model.config)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     config = families.write(model.config, dtype)
+    how = {module.activations for module in _quantized(model).values()}
+    if len(how) > 1:
+        raise ValueError(f"save: the layers' activations must be alike, got {', '.join(how)}")
+    if how:
+        config[QUANTIZATION] = {"quant_method": "fastlm", "activations": how.pop()}
 
     def fill(directory: Path) -> None:
-        _write_weights(exported(model, family), directory, max_shard_bytes)
+        stem = INTEGERS if QUANTIZATION in config else FLOATS
+        _write_weights(exported(model, family), directory, max_shard_bytes, stem)
         if companions and model.source is not None:
             _copy_companions(model.source, directory)
         write_json(directory / "config.json", config)
@@ -148,6 +195,7 @@ def build(
     tensors: Tensors,
     names: Callable[[str, Config], tuple[list[str], bool]],
     dtype: torch.dtype | str | None,
+    quantized: bool = False,
 ) -> Decoder:
     """A decoder with a checkpoint's tensors.
 
@@ -157,6 +205,7 @@ def build(
         names: parameter name -> (the checkpoint's names whose rows make it up, whether those are
             stored transposed).
         dtype: of the weights; the checkpoint's own when None.
+        quantized: keep matrices that are stored in integers.
     """
     wanted = tensors.dtype() if dtype is None else as_dtype(dtype)
     with torch.device("meta"):
@@ -164,8 +213,21 @@ def build(
     shapes = tensors.shapes()
     state: dict[str, Tensor] = {}
     used: set[str] = set()
+    integers: dict[str, QuantizedWeight] = {}  # module -> its weight
     for name, parameter in model.named_parameters():
         stored, transposed = names(name, config)
+        module = model.get_submodule(name.rpartition(".")[0])
+        linear = quantized and name.endswith(".weight") and isinstance(module, torch.nn.Linear)
+        kept = _kept(tensors, stored) if linear else None
+        if kept is not None:
+            if kept.shape != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{tensors.path}: {', '.join(stored)} must be {list(parameter.shape)}, got"
+                    f" {list(kept.shape)}"
+                )
+            integers[name.removesuffix(".weight")] = kept
+            used.update(stored)
+            continue
         rows = config.qkv_rows if len(stored) == 3 else parameter.shape[:1]
         # always a copy: a file's bytes are not aligned and may change under a mapping
         out = torch.empty(parameter.shape, dtype=wanted)
@@ -189,10 +251,45 @@ def build(
             f"{tensors.path}: unexpected tensors {', '.join(left[:3])}{more}: this is not the"
             f" architecture {config.family} that it is said to be"
         )
+    biases = {name: state.pop(f"{name}.bias", None) for name in integers}
+    for name in integers:
+        _exchange(model, name, torch.nn.Identity())
     model.load_state_dict(state, strict=True, assign=True)
+    for name in list(integers):
+        _exchange(model, name, nn.QuantizedLinear(integers.pop(name), biases[name]))
+    head = tensors.head_integers() if quantized and model.head is None else None
+    if head is not None:
+        model.head = nn.QuantizedLinear(head)
     if model.rope is not None:
         model.rope.to_empty(device="cpu")  # fills its tables
     return model.eval()
+
+
+def _kept(tensors: Tensors, stored: list[str]) -> QuantizedWeight | None:
+    """These tensors' rows in the integers that they are; None where they are not, or mixed."""
+    parts = [tensors.integers(part) for part in stored]
+    first, *_ = parts
+    if first is None:
+        return None
+    form = (first.bits, first.group_size, first.minimum is None)
+    found = [p for p in parts if p and (p.bits, p.group_size, p.minimum is None) == form]
+    if len(found) < len(parts):
+        return None
+    minimums = [p.minimum for p in found if p.minimum is not None]
+    return first._replace(
+        values=torch.cat([p.values for p in found]),
+        scale=torch.cat([p.scale for p in found]),
+        minimum=torch.cat(minimums) if minimums else None,
+    )
+
+
+def _exchange(model: Decoder, name: str, module: torch.nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _quantized(model: Decoder) -> dict[str, nn.QuantizedLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)}
 
 
 def hf_names(family: Family) -> Callable[[str, Config], tuple[list[str], bool]]:
@@ -231,23 +328,24 @@ def read_config(directory: Path) -> Config:
 class Safetensors:
     """The tensors of a directory's model.safetensors, or of the files its index names."""
 
-    def __init__(self, directory: Path, family: Family, tied: bool) -> None:
+    def __init__(self, directory: Path, family: Family, tied: bool, stem: str = FLOATS) -> None:
         self.path = directory
         self._family, self._tied = family, tied
         self._files: dict[str, Any] = {}  # file name -> open file
         self._where: dict[str, str] = {}  # tensor -> file name
         files: Iterable[str]
-        if (directory / _SINGLE).is_file():
-            self.path, files = directory / _SINGLE, [_SINGLE]
-        elif (directory / _INDEX).is_file():
-            index = read_json(directory / _INDEX).get("weight_map")
-            if not isinstance(index, dict):
-                raise CheckpointError(f"{directory / _INDEX}: the key 'weight_map' is missing")
-            files = sorted(set(index.values()))
+        single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        if (directory / single).is_file():
+            self.path, files = directory / single, [single]
+        elif (directory / index).is_file():
+            weight_map = read_json(directory / index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{directory / index}: the key 'weight_map' is missing")
+            files = sorted(set(weight_map.values()))
         else:
             pickles = sorted(p.name for p in directory.glob("*.bin"))
             hint = f"; {pickles[0]} is a pickle: save it as safetensors first" if pickles else ""
-            raise CheckpointError(f"{directory}: holds no {_SINGLE} or {_INDEX}{hint}")
+            raise CheckpointError(f"{directory}: holds no {single} or {index}{hint}")
         for file in files:
             self._open(directory, file)
         self._bare = not any(name.startswith(family.prefix) for name in self._where)
@@ -279,22 +377,54 @@ class Safetensors:
         for stored, file in self._where.items():
             if stored.endswith(self._family.buffers) or (self._tied and stored == "lm_head.weight"):
                 continue
-            shapes[self._full(stored)] = tuple(self._files[file].get_slice(stored).get_shape())
+            name, _, part = stored.rpartition(".")
+            shape = tuple(self._files[file].get_slice(stored).get_shape())
+            if part in _PARTS:
+                if part != "values" or (self._tied and name == "lm_head.weight"):
+                    continue
+                signed = self._files[file].get_slice(stored).get_dtype() == "I8"
+                stored, shape = name, (shape[0], shape[1] * (1 if signed else 2))
+            shapes[self._full(stored)] = shape
         return shapes
 
     def dtype(self) -> torch.dtype:
-        dtypes = {self.read(name).dtype for name in list(self.shapes())[:1]}
-        return dtypes.pop() if dtypes else torch.float32
+        for name in self.shapes():
+            if self._stored(name) in self._where:
+                return self.read(name).dtype
+        return torch.float32
+
+    def integers(self, name: str) -> QuantizedWeight | None:
+        stored = self._stored(name)
+        if f"{stored}.values" not in self._where:
+            return None
+        values, scale, minimum = (
+            self._read(f"{stored}.{part}") if f"{stored}.{part}" in self._where else None
+            for part in _PARTS
+        )
+        if values is None or scale is None or values.dim() != 2 or scale.dim() != 2:
+            raise CheckpointError(f"{self.path}: {name} in integers lacks its values or scale")
+        bits = 8 if values.dtype == torch.int8 else 4
+        width = values.shape[1] * 8 // bits
+        if not scale.shape[1] or width % scale.shape[1] or len(scale) != len(values):
+            raise CheckpointError(
+                f"{self.path}: {name}: scale {list(scale.shape)} does not fit the integers"
+                f" {list(values.shape)}"
+            )
+        return QuantizedWeight(values, scale, minimum, bits, width // scale.shape[1])
+
+    def head_integers(self) -> QuantizedWeight | None:
+        return self.integers("lm_head.weight")
 
     def read(self, name: str) -> Tensor:
+        return self._read(self._stored(name))
+
+    def _read(self, stored: str) -> Tensor:
         from safetensors import SafetensorError
 
-        stored = self._stored(name)
-        file = self._where[stored]
         try:
-            return self._files[file].get_tensor(stored)
+            return self._files[self._where[stored]].get_tensor(stored)
         except SafetensorError as error:
-            raise CheckpointError(f"{self.path}: tensor {name}: {error}") from error
+            raise CheckpointError(f"{self.path}: tensor {stored}: {error}") from error
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -315,10 +445,20 @@ def exported(model: Decoder, family: Family) -> dict[str, Tensor]:
         rows = model.config.qkv_rows if len(stored) == 3 else value.shape[:1]
         for part, piece in zip(stored, value.split(list(rows)), strict=True):
             out[part] = (piece.T if transposed else piece).contiguous().cpu()
+    for name, module in _quantized(model).items():
+        stored, _ = names(f"{name}.weight", model.config)
+        weight = module.qweight.unpack()
+        cut = list(model.config.qkv_rows) if len(stored) == 3 else [weight.shape[0]]
+        for part, tensor in zip(_PARTS, weight[:3], strict=True):
+            if tensor is not None:
+                for base, piece in zip(stored, tensor.split(cut), strict=True):
+                    out[f"{base}.{part}"] = piece.contiguous().cpu()
     return out
 
 
-def _write_weights(tensors: dict[str, Tensor], directory: Path, limit: int) -> None:
+def _write_weights(
+    tensors: dict[str, Tensor], directory: Path, limit: int, stem: str = FLOATS
+) -> None:
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -331,14 +471,15 @@ def _write_weights(tensors: dict[str, Tensor], directory: Path, limit: int) -> N
         size += tensor.nbytes
         total += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], directory / _SINGLE, {"format": "pt"})
+        save_file(shards[0], directory / f"{stem}.safetensors", {"format": "pt"})
         return
     index = {}
     for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        file = f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
         save_file(shard, directory / file, {"format": "pt"})
         index.update(dict.fromkeys(shard, file))
-    write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    listed = {"metadata": {"total_size": total}, "weight_map": index}
+    write_json(directory / f"{stem}.safetensors.index.json", listed)
 
 
 def _copy_companions(source: Path | GGUFFile, directory: Path) -> None:
@@ -353,51 +494,3 @@ def _copy_companions(source: Path | GGUFFile, directory: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: the file is missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a JSON file: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Lets `fill` write into a fresh directory and moves what it wrote to `path`.
-
-    When `fill` raises, `path` is as it was.
-    """
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path}: exists and is no directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        fill(fresh)
-        mask = os.umask(0)
-        os.umask(mask)
-        fresh.chmod(0o777 & ~mask)
-        for file in fresh.iterdir():  # safetensors writes for the owner only
-            file.chmod(0o666 & ~mask)
-        if not path.exists() or not any(path.iterdir()):
-            os.replace(fresh, path)
-            return
-        written = {p.name for p in fresh.iterdir()}
-        for name in sorted(written, key=lambda name: (name == "config.json", name)):
-            os.replace(fresh / name, path / name)
-        # weights of an earlier save under other names would be read in their place
-        for old in [*path.glob("model*.safetensors"), path / _INDEX]:
-            if old.name not in written:
-                old.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)

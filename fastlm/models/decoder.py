@@ -140,7 +140,7 @@ class Decoder(torch.nn.Module):
         """Replaces every linear layer and the head by `fastlm.nn.QuantizedLinear`, in place.
 
         Embeddings, norms and biases stay as they are. For inference: the integers are not
-        trained, and the model can no longer be saved.
+        trained. `save_pretrained` writes them, `from_pretrained` opens them again.
 
         Args:
             bits, group_size, symmetric: as in `fastlm.ops.quantize_weight`.
@@ -148,7 +148,12 @@ class Decoder(torch.nn.Module):
 
         Returns:
             The decoder itself.
+
+        Raises:
+            ValueError: the model is quantized already.
         """
+        if any(isinstance(module, nn.QuantizedLinear) for module in self.modules()):
+            raise ValueError("quantize: the model is held in integers already")
         options: Any = {"symmetric": symmetric, "activations": activations}
         for module in [*self.modules()]:
             for name, child in [*module.named_children()]:
@@ -357,12 +362,16 @@ class Decoder(torch.nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], dtype: torch.dtype | str | None = None
+        cls,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype | str | None = None,
+        *,
+        quantized: bool = False,
     ) -> Decoder:
         """Opens a Hugging Face directory or a .gguf file; see `fastlm.hf.weights.load`."""
         from fastlm.hf.weights import load
 
-        return load(path, dtype)
+        return load(path, dtype, quantized=quantized)
 
     def save_pretrained(self, path: str | os.PathLike[str], **options: Any) -> None:
         """Writes a Hugging Face directory; see `fastlm.hf.weights.save`."""

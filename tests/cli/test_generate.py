@@ -138,6 +138,20 @@ def test_quantized_text_is_that_of_the_quantized_model(byte_model):
     assert found.stdout == f"abc{expected}\n"
 
 
+def test_integers_as_they_are_stored(byte_model, tmp_path):
+    model = Decoder.from_pretrained(byte_model).quantize(4)
+    model.save_pretrained(tmp_path / "small")
+    asked = [str(tmp_path / "small"), "-p", "abc", "-n", "20"]
+    expected = run(str(byte_model), *asked[1:], "--quantize", "int4").stdout
+    assert run(*asked).stdout == run(*asked, "--quantize", "stored").stdout == expected
+    for path, kind, text in (
+        (tmp_path / "small", "int8", "the model is held in integers already"),
+        (byte_model, "stored", "no weight is of Q8_0, Q4_0, Q4_1 or saved quantized"),
+    ):
+        done = run(str(path), "-p", "abc", "--quantize", kind)
+        assert done.exit_code == 1 and text in done.stderr
+
+
 def test_more_errors_are_one_line(stories, byte_model, tmp_path):
     path, draft = str(stories), str(byte_model)
     file, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"

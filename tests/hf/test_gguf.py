@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastlm import nn
 from fastlm.hf import tokenizer
 from fastlm.hf.weights import CheckpointError, convert_gguf
 from fastlm.models import Config, Decoder
@@ -75,7 +76,9 @@ def named(model: Decoder, arch: str) -> dict[str, torch.Tensor]:
     return out
 
 
-def write(path, model, arch="llama", type_="F32", keys=(), tensors=None, pre="smollm") -> None:
+def write(
+    path, model, arch="llama", type_="F32", keys=(), tensors=None, pre="smollm", keep=None
+) -> None:
     """Writes a model as GGUF; vectors stay F32 as llama.cpp keeps them."""
     writer = gguf.GGUFWriter(path, arch)
     c = model.config
@@ -99,9 +102,9 @@ def write(path, model, arch="llama", type_="F32", keys=(), tensors=None, pre="sm
     writer.add_chat_template(CHAT)
     for add, *args in keys:
         getattr(writer, add)(*args)
-    kind = gguf.GGMLQuantizationType[type_]
     for name, value in {**named(model, arch), **(tensors or {})}.items():
         array = value.detach().float().numpy()
+        kind = gguf.GGMLQuantizationType[(keep or {}).get(name, type_)]
         if array.ndim == 1 or type_ == "F32":
             writer.add_tensor(name, array.astype(np.float32))
         else:
@@ -152,6 +155,53 @@ def test_every_type_becomes_what_gguf_says(type_, path):
         assert torch.equal(found.state_dict()[name], torch.from_numpy(array).to(expected)), name
     assert found.config.norm_eps == 1e-5 and found.config.rope_theta == 5000.0
     assert found.config.eos_ids == (END,)
+
+
+@pytest.mark.parametrize("type_", ["Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_stay_as_they_are(type_, tied, dtype, path, tmp_path):
+    arch = "llama" if tied else "qwen2"  # which keep the rows of q and k in different orders
+    write(path, small(tied_head=tied, qkv_bias=arch == "qwen2"), arch, type_)
+    model = Decoder.from_pretrained(path, dtype, quantized=True)
+    wide = Decoder.from_pretrained(path)
+    kinds = {name: m for name, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)}
+    assert len(kinds) == LAYERS * 5 + 1
+    for name, module in kinds.items():
+        same = wide.head_weight if name == "head" else wide.get_submodule(name).weight
+        assert torch.equal(module.qweight.dequantize(), same), name
+        assert module.qweight.packed and module.scale.dtype == torch.float16
+    assert torch.equal(model.embed.weight, wide.embed.weight.to(dtype))
+    if arch == "qwen2":
+        bias = model.blocks[0].attention.qkv.bias
+        assert torch.equal(bias, wide.blocks[0].attention.qkv.bias.to(dtype))
+    text = model.generate([5, 6, 7], 12)
+    if dtype == torch.float32:
+        assert text == wide.generate([5, 6, 7], 12)
+    # and through a directory of our own, without the file
+    model.save_pretrained(tmp_path / "out")
+    path.unlink()
+    again = Decoder.from_pretrained(tmp_path / "out")
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert again.generate([5, 6, 7], 12) == text
+
+
+def test_files_without_integers(path):
+    write(path, small(), type_="F16")
+    with pytest.raises(CheckpointError, match="no weight is of Q8_0, Q4_0, Q4_1"):
+        Decoder.from_pretrained(path, quantized=True)
+
+
+def test_a_value_of_another_type_is_widened(path):
+    model = small()
+    write(path, model, type_="Q4_0", keep={"blk.0.attn_v.weight": "Q8_0"})
+    found = Decoder.from_pretrained(path, quantized=True)
+    wide = Decoder.from_pretrained(path)
+    assert torch.equal(found.blocks[0].attention.qkv.weight, wide.blocks[0].attention.qkv.weight)
+    assert isinstance(found.blocks[1].attention.qkv, nn.QuantizedLinear)
+    assert found.generate([1, 2], 8) == wide.generate([1, 2], 8)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,55 @@ def test_saved_and_opened_is_the_same(dtype, tmp_path):
     assert torch.equal(wide.embed.weight, model.embed.weight.float())
 
 
+@pytest.mark.parametrize("kind", [(8, True, "exact"), (4, True, "int8"), (4, False, "exact")])
+@pytest.mark.parametrize("gpt2", [False, True])
+def test_a_quantized_model_is_saved_in_integers(kind, gpt2, tmp_path):
+    other = {"kv_heads": 4, "norm": "layer", "positions": "learned", "gated": False}
+    other |= {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "activation": "gelu_tanh"}
+    sizes = {**LLAMA, "head_dim": 8, **(other if gpt2 else {"tied_head": False})}
+    model = Decoder(Config(**sizes, eos_ids=())).bfloat16()
+    bits, symmetric, activations = kind
+    model.quantize(bits, symmetric=symmetric, activations=activations)
+    model.save_pretrained(tmp_path / "a", max_shard_bytes=4000)
+    size = sum(p.stat().st_size for p in (tmp_path / "a").glob("*.safetensors"))
+    again = Decoder.from_pretrained(tmp_path / "a")
+    assert same(model, again) and size < 1.6 * sum(x.nbytes for x in model.state_dict().values())
+    assert {m.activations for m in again.modules() if hasattr(m, "activations")} == {activations}
+    assert again.generate([1, 2], 9) == model.generate([1, 2], 9)
+    Decoder(Config(**sizes)).save_pretrained(tmp_path / "b")
+    again.save_pretrained(tmp_path / "b")  # and on, over another
+    assert not [*(tmp_path / "b").glob("model*")]
+    assert same(model, Decoder.from_pretrained(tmp_path / "b"))
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(OSError, match="no file named"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+
+
+def test_integers_that_do_not_fit(tmp_path):
+    model = Decoder(Config(**LLAMA)).quantize(4)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "quantized.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for part, value, text in (
+        ("scale", tensors[f"{name}.scale"][:5], "scale .* does not fit the integers"),
+        ("scale", None, "lacks its values or scale"),
+        ("values", tensors[f"{name}.values"][:, :8], "must be .*128, 32"),
+    ):
+        changed = {k: v.contiguous() for k, v in tensors.items() if k != f"{name}.{part}"}
+        if value is not None:
+            changed[f"{name}.{part}"] = value.contiguous()
+            if part == "values":
+                changed[f"{name}.scale"] = tensors[f"{name}.scale"].contiguous()
+        save_file(changed, file)
+        with pytest.raises(CheckpointError, match=text):
+            Decoder.from_pretrained(tmp_path)
+    model.blocks[0].mlp.up.activations = "int8"
+    with pytest.raises(ValueError, match="activations must be alike"):
+        model.save_pretrained(tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
+
+
 def test_large_weights_are_split_over_files(saved, tmp_path):
     model = Decoder.from_pretrained(saved)
     model.save_pretrained(tmp_path / "split", max_shard_bytes=10_000)
