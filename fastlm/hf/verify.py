@@ -206,20 +206,21 @@ def _arguments(model: nn.Module, inputs: Any, seed: int = 0, tokens: int = 48) -
         mask = torch.ones_like(ids)
         mask[1, : (tokens + 2) // 8] = 0
         inputs = {"input_ids": ids, "attention_mask": mask}
-    elif isinstance(inputs, Tensor):
-        inputs = {"input_ids": inputs}
+    accepted = inspect.signature(model.forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if isinstance(inputs, Tensor):
+        named = open_ended or "input_ids" in accepted or not accepted
+        inputs = {"input_ids" if named else next(iter(accepted)): inputs}
     device = next(model.parameters()).device
     made: dict[str, Any] = {
         n: v.to(device) if isinstance(v, Tensor) else v for n, v in dict(inputs).items()
     }
-    accepted = inspect.signature(model.forward).parameters
     if "labels" in accepted and "labels" not in made and "input_ids" in made:
         labels = made["input_ids"].clone()
         given = made.get("attention_mask")
         if given is not None and given.shape == labels.shape:
             labels[given == 0] = -100
         made["labels"] = labels
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if "use_cache" in accepted or (open_ended and hasattr(model, "config")):
         made.setdefault("use_cache", False)
     return made

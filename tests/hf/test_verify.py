@@ -123,3 +123,19 @@ def test_coverage():
         assert coverage(model, {"input": torch.randn(64, 1, 512)}).modules == 1
     # with nothing but PyTorch's own products and functions, nothing is ours
     assert coverage(nn.Conv1d(1, 1, 3), {"input": torch.randn(2, 1, 64)}).time == 0
+
+
+def test_a_decoder_of_ones_own_is_called_by_its_own_names():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(96, 32)
+            self.norm = nn.LayerNorm(32)
+            self.head = nn.Linear(32, 96)
+
+        def forward(self, tokens):
+            return self.head(self.norm(self.embed(tokens)))
+
+    report = fastlm.verify(Net(), token_numbers())
+    assert report.ok, report
+    assert any("head.weight" in e.name for e in report.errors)
