@@ -119,6 +119,36 @@ def is_x86() -> bool:
     return sysconfig.get_platform().endswith(("x86_64", "amd64"))
 
 
+def instruction_sets(x86: bool) -> list[str]:
+    """The sets every kernel is compiled for; elsewhere the one in GCC's vector extensions."""
+    return list(ISA_FLAGS) if x86 else ["baseline"]
+
+
+def compile_flags(x86: bool, torch: Path | None = None) -> str:
+    """Compiler flags for x86 or any other processor; the bindings' with torch's directory."""
+    flags = "-O3 -g0 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
+    flags += "-ffp-contract=fast -Wall -Wextra -Wno-psabi "
+    flags += "-Wno-maybe-uninitialized -Wno-uninitialized "  # GCC 12 in its own AVX-512 headers
+    headers = f"-isystem {torch / 'include'} " if torch else ""
+    flags += f"-I{ROOT / 'csrc'} {headers}-DFASTLM_X86={int(x86)}"
+    if torch:
+        flags += f" -DTORCH_TARGET_VERSION={ABI_TARGET} -DTORCH_STABLE_ONLY"
+    return flags
+
+
+def kernel_stems() -> list[str]:
+    """The rows that have CPU kernels: contract, kernels and binding of one name."""
+    stems = [file.stem for file in sorted((ROOT / "csrc/ops").glob("*.h"))]
+    files = "cpu/{}.h", "torch/{}.cpp"
+    return [s for s in stems if all((ROOT / "csrc" / f.format(s)).exists() for f in files)]
+
+
+def kernel_object(ninja: Ninja, stem: str, isa: str) -> str:
+    """Adds a row's kernels for one instruction set; returns the object's path."""
+    flags = f"{ISA_FLAGS[isa]} -DFASTLM_ISA={isa} -DFASTLM_STEM={stem}"
+    return ninja.build("cxx", ROOT / "csrc/cpu/target.cpp", f"{stem}.{isa}.o", extra=flags)
+
+
 class Ninja:
     """Collects build.ninja: rules first, then one line per file."""
 
@@ -203,12 +233,8 @@ def build(outdir: Path, ext_suffix: str, tmp: Path, *, only: str | None = None) 
     tmp.mkdir(parents=True, exist_ok=True)
     outdir.mkdir(parents=True, exist_ok=True)
 
-    isas = list(ISA_FLAGS) if is_x86() else ["baseline"]
-    flags = "-O3 -g0 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
-    flags += "-ffp-contract=fast -Wall -Wextra -Wno-psabi "
-    flags += "-Wno-maybe-uninitialized -Wno-uninitialized "  # GCC 12 in its own AVX-512 headers
-    flags += f"-I{ROOT / 'csrc'} -isystem {torch / 'include'} -DFASTLM_X86={int(is_x86())} "
-    flags += f"-DTORCH_TARGET_VERSION={ABI_TARGET} -DTORCH_STABLE_ONLY"
+    isas = instruction_sets(is_x86())
+    flags = compile_flags(is_x86(), torch)
     # Only the module sees what changes from one build environment to the next.
     module = f"-isystem {pybind11} -isystem {sysconfig.get_paths()['include']} "
     module += f'-DFASTLM_TORCH_VERSION=\\"{version}\\" -DFASTLM_WITH_CUDA={int(with_cuda)}'
@@ -219,8 +245,7 @@ def build(outdir: Path, ext_suffix: str, tmp: Path, *, only: str | None = None) 
     ninja.rule("link", "$cxx -shared -Wl,--gc-sections -s $in -o $out $libs", depfile=False)
 
     csrc = ROOT / "csrc"
-    stems = [file.stem for file in sorted((csrc / "ops").glob("*.h"))]
-    stems = [stem for stem in stems if (csrc / f"cpu/{stem}.h").exists()]
+    stems = kernel_stems()
     module += f' -DFASTLM_STEMS=\\"{",".join(stems)}\\"'
     objects = [ninja.build("cxx", csrc / "cpu/isa.cpp", "isa.o")]
     for binding in sorted((csrc / "torch").glob("*.cpp")):
@@ -228,10 +253,7 @@ def build(outdir: Path, ext_suffix: str, tmp: Path, *, only: str | None = None) 
         extra = module if stem == "module" else ""
         objects.append(ninja.build("cxx", binding, f"{stem}.o", extra=extra))
         if stem in stems:
-            for isa in isas:
-                extra = f"{ISA_FLAGS[isa]} -DFASTLM_ISA={isa} -DFASTLM_STEM={stem}"
-                name = f"{stem}.{isa}.o"
-                objects.append(ninja.build("cxx", csrc / "cpu/target.cpp", name, extra=extra))
+            objects += [kernel_object(ninja, stem, isa) for isa in isas]
     libs = f"-L{torch / 'lib'} -ltorch_cpu -lc10"
     library = outdir / f"_C{ext_suffix}"
     ninja.link(library, objects, libs)
