@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastlm.hf import _head, _probe
 from fastlm.hf._float64 import doubled, float64
 from fastlm.hf.patch import is_ours, patch, pattern, suspended
+from fastlm.ops import _registry
 from fastlm.testing import FEWEST, Error
 
 
@@ -69,7 +70,8 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
     given inputs, a single number that can be right by chance, is not judged more finely than the
     logits it comes from. All elements of a gradient can share one error, of a dominant token say,
     and then there is luck in theirs and ours: where one is over its budget, all are judged again
-    over sixteen inputs.
+    over sixteen inputs. Where a decode plan takes the single tokens of `generate`, their logits
+    after prompts of verify's own are judged as well.
 
     Args:
         model: patched, or not: then it is patched for the time of the call.
@@ -102,7 +104,7 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
             with _recorded(model, replaced) as calls:
                 theirs = _run(model, first, names)
         _pool(pooled, model, exact_model, theirs, first, names)
-        modules = [*_modules(model, exact_model, calls)]
+        modules = [*_modules(model, exact_model, calls), *_steps(model, exact_model)]
 
         def more(seeds: range, names: list[str]) -> None:
             for seed in seeds:
@@ -321,6 +323,41 @@ def _modules(model: nn.Module, exact_model: nn.Module, calls: dict[str, Any]) ->
             squares = _Squares()
             squares.add(*three)
             yield squares.error(f"{path} ({type(module).__name__})", dtype)
+
+
+def _steps(model: nn.Module, exact_model: nn.Module) -> Iterator[Error]:
+    """The error of single tokens after a prompt, where a decode plan takes them."""
+    if not hasattr(model.__dict__.get("forward"), "inner"):
+        return
+    squares = _Squares()
+    with torch.no_grad(), _registry.recording() as verdicts:
+        for seed in range(4):
+            given = _arguments(model, None, seed, tokens=9 + seed)
+            ours = _followed(model, given)
+            with suspended(model):
+                theirs = _followed(model, given)
+            with float64():
+                squares.add(ours, theirs, _followed(exact_model, given))
+    if any(v.stem == "decode_plan" and v.chosen == "cpu" for v in verdicts):
+        yield squares.error("logits of single tokens (decode_plan)", _dtype(model))
+
+
+def _followed(model: Any, given: dict[str, Any], steps: int = 4) -> Tensor:
+    """[B, steps, V]: the logits of the last tokens, taken one by one after the others."""
+    ids, mask = given["input_ids"], given["attention_mask"]
+    where = (mask.cumsum(1) - 1).clamp(min=0)
+    count, cache, found = ids.shape[1], None, []
+    for first, last in ((0, count - steps), *((i, i + 1) for i in range(count - steps, count))):
+        out = model(
+            input_ids=ids[:, first:last],
+            attention_mask=mask[:, :last],
+            position_ids=where[:, first:last],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = out.past_key_values
+        found.append(out.logits[:, -1:])
+    return torch.cat(found[1:], 1)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
