@@ -109,8 +109,11 @@ _chosen = memory()
 
 
 def _choose(x: Tensor, kind: str, form: str = "", up: Tensor | None = None) -> str:
-    sizes = kind, form, x.shape, needs_grad(x, up)
-    return settle("activation", _chosen, (x.is_cpu or x.device, x.dtype), x, sizes)
+    key = (x.is_cpu or x.device, x.dtype)
+    sizes = kind, form, x.shape, is_grad_enabled() and needs_grad(x, up)
+    if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
+        return known
+    return settle("activation", _chosen, key, x, sizes)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:

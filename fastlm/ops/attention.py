@@ -385,7 +385,9 @@ def _choose(
     form: str,
     options: tuple[str, ...],
 ) -> str:
-    sizes = q.shape, k.shape, v.shape[-1], needs_grad(q, k, v, mask, sinks)
+    sizes = q.shape, k.shape, v.shape[-1], is_grad_enabled() and needs_grad(q, k, v, mask, sinks)
+    if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
+        return known
     return settle("attention", _chosen, key, q, sizes, form=form, options=options)
 
 

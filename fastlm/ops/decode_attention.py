@@ -198,6 +198,8 @@ def _choose(
     _, _, head, grad = key
     facts = {"head": head, "grad": grad} | ({} if plain else {"plain": False})
     sizes = q.shape, k_cache.shape[1], keys, plain
+    if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
+        return known
     return settle("decode_attention", _chosen, key, q, sizes, **facts)
 
 

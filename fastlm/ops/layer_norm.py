@@ -153,7 +153,7 @@ def layer_norm(
             bias is None or bias.dtype,
         )
         backend = _chosen.get(key) or _choose(key, x, weight, bias, residual)
-        if backend not in _FORWARD:
+        if backend == "torch" or backend == "reference":
             if backend == "reference":
                 check("layer_norm", x, residual, weight=weight, bias=bias)
             run = (_torch if backend == "torch" else reference).layer_norm
@@ -182,7 +182,13 @@ def _choose(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> str:
-    sizes = x.shape, residual is not None, needs_grad(x, weight, bias, residual)
+    sizes = (
+        x.shape,
+        residual is not None,
+        is_grad_enabled() and needs_grad(x, weight, bias, residual),
+    )
+    if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
+        return known
     facts = {
         "weight": None if weight is None else weight.dtype,
         "bias": None if bias is None else bias.dtype,

@@ -110,7 +110,9 @@ _chosen, _own_direct = memory(), direct(own)
 
 
 def _choose(key: tuple[Any, ...], x: Tensor, w: Tensor, bias: Tensor | None) -> str:
-    sizes = x.shape, w.shape, needs_grad(x, w, bias)
+    sizes = x.shape, w.shape, is_grad_enabled() and needs_grad(x, w, bias)
+    if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
+        return known
     return settle("linear", _chosen, key, x, sizes, rows=key[2], transposed=not key[3])
 
 

@@ -243,7 +243,9 @@ _chosen = memory()
 
 
 def _choose(key: tuple[Any, ...], x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> str:
-    sizes = x.shape, qweight.shape[0], qweight.bits, needs_grad(x, bias)
+    sizes = x.shape, qweight.shape[0], qweight.bits, is_grad_enabled() and needs_grad(x, bias)
+    if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
+        return known
     few = key[0] is True or key[0][1]
     facts = {"packed": key[2], "group_size": key[3], "int8": key[4], "few": few}
     return settle("quantized_linear", _chosen, key, x, sizes, **facts)

@@ -143,7 +143,7 @@ def rms_norm(
     try:
         key = (x.is_cpu or x.device, x.dtype, weight is None or weight.dtype)
         backend = _chosen.get(key) or _choose(key, x, weight, residual)
-        if backend not in _FORWARD:
+        if backend == "torch" or backend == "reference":
             if backend == "reference":
                 check("rms_norm", x, residual, weight=weight)
             run = (_torch if backend == "torch" else reference).rms_norm
@@ -165,6 +165,8 @@ _chosen = memory()
 
 
 def _choose(key: tuple[Any, ...], x: Tensor, weight: Tensor | None, residual: Tensor | None) -> str:
-    sizes = x.shape, residual is not None, needs_grad(x, weight, residual)
+    sizes = x.shape, residual is not None, is_grad_enabled() and needs_grad(x, weight, residual)
+    if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
+        return known
     dtype = None if weight is None else weight.dtype
     return settle("rms_norm", _chosen, key, x, sizes, weight=dtype)

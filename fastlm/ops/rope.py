@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks, _torch
@@ -220,6 +221,8 @@ def _choose(
     key: tuple[Any, ...], q: Tensor, k: Tensor | None, interleaved: bool, grad: bool
 ) -> str:
     sizes = q.shape, 0 if k is None else k.shape[1], grad, interleaved
+    if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
+        return known
     _, _, tables, rotary, table_grad = key
     facts = {"tables": tables, "rotary": rotary, "table_grad": table_grad}
     if interleaved:
