@@ -1,4 +1,5 @@
-"""Decoding speed, one token after another: fastlm's plan, its modules, transformers, llama.cpp.
+"""Decoding speed, one token after another: fastlm's plan, its modules, transformers as it is and
+patched, llama.cpp.
 
     python -m benchmarks.models.decode --size 15M 110M --dtype fp32 bf16 int8 int4
 
@@ -26,6 +27,7 @@ from unittest import mock
 
 import torch
 
+import fastlm
 from fastlm.models import Config, Decoder, plan
 from fastlm.testing import error
 
@@ -191,6 +193,9 @@ def peers(size: str, kind: str, wanted: Sequence[str]) -> Iterator[tuple[dict[st
             found = {"ours": ours(model), **found}
             if "transformers" in wanted:
                 found["transformers"] = transformers(transformers_of(model))
+                patched = transformers_of(model)
+                fastlm.patch(patched)
+                found["transformers, patched"] = transformers(patched)
         if "modules" in wanted:
             found["modules"] = modules(model)
         named = [*model.named_parameters(), *model.named_buffers()]
