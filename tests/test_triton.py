@@ -120,6 +120,40 @@ def test_compiled_kernels_are_kept_by_what_they_depend_on(monkeypatch):
 
 
 @NEEDS_TRITON
+def test_a_device_that_is_not_current_is_made_so_for_the_launch(monkeypatch):
+    import contextlib
+
+    from fastlm.triton import _launch
+    from fastlm.triton._configs import Config
+
+    on_no_gpu(monkeypatch)
+    current, streams, launches = [3], [], []
+
+    @contextlib.contextmanager
+    def guard(device):
+        before, current[0] = current[0], device
+        yield
+        current[0] = before
+
+    def stream(device):
+        streams.append((device, current[0]))
+        return 7
+
+    monkeypatch.setattr(_launch, "_current_device", lambda: current[0])
+    monkeypatch.setattr(_launch, "_current_stream", stream)
+    monkeypatch.setattr("torch.cuda.device", guard)
+
+    def add(x, n):
+        pass
+
+    kernel = _launch.Kernel(add)
+    monkeypatch.setattr(kernel.function, "warmup", lambda *args, **options: Compiled(launches))
+    x = torch.zeros(4)  # whose device has the number -1
+    kernel((1, 1, 1), (x,), (4,), Config((4,)))
+    assert streams == [(-1, -1)] and len(launches) == 1 and current == [3]
+
+
+@NEEDS_TRITON
 @pytest.mark.parametrize("hooked", [False, True], ids=["plain", "profiled"])
 def test_the_short_way_to_the_launcher_hands_over_what_triton_would(monkeypatch, hooked):
     """Triton's own launch of a kernel and ours, up to the function in C, which is replaced."""
