@@ -28,6 +28,8 @@ def attention(
     """out = softmax(visible(cap(q k^T scale) - slope |p - j| + mask)) v; fp32 or fp64 inside."""
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     options = (causal, scale, window, softcap)
+    if alibi_slopes is not None:  # before they meet distances, which half precision cannot hold
+        alibi_slopes = alibi_slopes.to(torch.promote_types(q.dtype, torch.float32))
     if cu_seqlens_q is None:
         tq, tk = q.shape[2], k.shape[2]
         position = torch.arange(tk - tq, tk, device=q.device)

@@ -163,6 +163,8 @@ def test_reference_has_the_options_pytorch_lacks(option):
     options, sinks = options_pytorch_lacks(option)
     inputs = [heads(2, 4, 70, 32), heads(2, 2, 90, 32), heads(2, 2, 90, 32), *sinks]
     leaves = [x.double().requires_grad_() for x in inputs]
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = options["alibi_slopes"].double()
     ours = with_sinks(reference.attention)(*leaves, **options)
     theirs = with_sinks(in_steps)(*leaves, **options)
     torch.testing.assert_close(ours, theirs)
@@ -179,6 +181,33 @@ def test_gradients_at_the_bound_of_a_soft_cap(size):
     with ops.use_backend("cpu"):
         theirs = lambda q, k, v: in_steps(q, k, v, causal=True, softcap=0.7)  # noqa: E731
         matches(inputs, {"causal": True, "softcap": 0.7}, theirs)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)]
+)
+def test_slopes_of_less_precision_than_the_queries(dtypes):
+    """The products with the distances are made in the precision of the scores."""
+    q, k, v = (torch.randn(1, 2, 300, 8, dtype=dtypes[0]) for _ in range(3))
+    slopes = torch.tensor([0.3, 0.011]).to(dtypes[1])
+    for backend in ("cpu", "reference"):
+        if backend in ops.implementations("attention") and dtypes[0] != torch.float64:
+            with ops.use_backend(backend):
+                ours = ops.attention(q, k, v, alibi_slopes=slopes)
+        else:
+            ours = reference.attention(q, k, v, alibi_slopes=slopes)
+        exact = reference.attention(*(x.double() for x in (q, k, v)), alibi_slopes=slopes.double())
+        torch.testing.assert_close(ours, exact.to(ours.dtype))
+
+
+@needs_native
+def test_a_gradient_of_sinks_in_half_precision_is_not_the_kernels():
+    q = torch.randn(1, 2, 8, 8, dtype=torch.bfloat16)
+    sinks = torch.randn(2, requires_grad=True)
+    with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="sinks in float32 only"):
+        ops.attention(q, q, q, sinks=sinks)
+    ops.attention(q, q, q, sinks=sinks).float().sum().backward()
+    assert sinks.grad.isfinite().all()
 
 
 def with_bias(q, k, v, *, causal, alibi_slopes=None, sinks=None):
