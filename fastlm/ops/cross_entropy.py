@@ -272,9 +272,9 @@ def cross_entropy(
         key = (logits.is_cpu or logits.device, logits.dtype)
         backend = _chosen.get(key)
         if backend is None:
-            lacks = torch_lacks(z_loss, softcap, token_weight)
-            sizes = logits.shape, reduction, needs_grad(logits)
-            backend = settle("cross_entropy", _chosen, key, logits, (lacks, *sizes), options=lacks)
+            plain = z_loss == 0.0 and softcap is None is token_weight
+            lacks = () if plain else torch_lacks(z_loss, softcap, token_weight)
+            backend = _choose(key, logits, lacks, reduction)
         if backend in _CROSS_ENTROPY and (
             weight is None is token_weight or _plain(weight, token_weight)
         ):
@@ -344,6 +344,13 @@ def cross_entropy(
 
 
 _chosen = memory()
+
+
+def _choose(key: tuple[Any, ...], logits: Tensor, lacks: tuple[str, ...], reduction: str) -> str:
+    sizes = lacks, logits.shape, reduction, is_grad_enabled() and needs_grad(logits)
+    if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
+        return known
+    return settle("cross_entropy", _chosen, key, logits, sizes, options=lacks)
 
 
 def _plain(*weights: Tensor | None) -> bool:

@@ -148,8 +148,9 @@ def decode_attention(
         key = (q.is_cpu or q.device, q.dtype, head, grad)
         backend = _chosen.get(key)
         if backend is None:
-            options = (block_table, window, softcap, alibi_slopes, sinks, mask, k_scale, v_scale)
-            backend = _choose(key, q, k_cache, lengths, all(x is None for x in options))
+            simple = block_table is window is softcap is alibi_slopes is sinks is None
+            simple = simple and mask is k_scale is v_scale is None
+            backend = _choose(key, q, k_cache, lengths, simple)
         if scale is None:
             scale = size**-0.5
         if backend != "cpu":
@@ -195,11 +196,13 @@ def _choose(
 ) -> str:
     plain = simple and q.shape[2] == 1 and isinstance(lengths, int) and lengths > 0
     keys = lengths if isinstance(lengths, int) else k_cache.shape[2]
-    _, _, head, grad = key
-    facts = {"head": head, "grad": grad} | ({} if plain else {"plain": False})
     sizes = q.shape, k_cache.shape[1], keys, plain
-    if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
-        return known
+    if not is_dynamo_compiling():
+        top = 1 << max(keys - 1, 0).bit_length()  # of the class: a cache grows with every token
+        sizes = q.shape, k_cache.shape[1], top, plain
+        if known := _chosen.get((key, sizes)):
+            return known
+    facts = {"head": key[2], "grad": key[3]} | ({} if plain else {"plain": False})
     return settle("decode_attention", _chosen, key, q, sizes, **facts)
 
 
