@@ -67,6 +67,7 @@ def measure(
     *,
     shape: str,
     seconds: float = SECONDS,
+    realtime: bool = False,
 ) -> Result:
     """Times the candidates of one verdict and keeps the winner for this process.
 
@@ -76,6 +77,7 @@ def measure(
         check: says what is wrong with the result of the implementation in force, or "".
         shape: of the call, for a reader of the table.
         seconds: of timing, over all candidates.
+        realtime: raises the threads' priority in a sample (needs the right to do so).
     """
     wrong, right = {}, []
     for name in candidates(verdict):
@@ -87,7 +89,8 @@ def measure(
             right.append(name)
     if not right or (len(right) < 2 and not wrong):
         return Result(verdict, None, wrong)
-    times = _interleave(verdict, right, [_finished(verdict, thunk) for thunk in thunks], seconds)
+    finished = [_finished(verdict, thunk) for thunk in thunks]
+    times = _interleave(verdict, right, finished, seconds, realtime)
     us = {name: float(f"{times[name]:.4g}") for name in right}
     entry = _measured.Entry(_measured.winner(us), us, shape)
     facts = _registry.fact_text(verdict.dtype, verdict.facts)
@@ -96,16 +99,17 @@ def measure(
 
 
 def _interleave(
-    verdict: Verdict, names: Sequence[str], thunks: Sequence[Thunk], seconds: float
+    verdict: Verdict, names: Sequence[str], thunks: Sequence[Thunk], seconds: float, realtime: bool
 ) -> Mapping[str, float]:
-    """Microseconds per call of each implementation."""
+    """The least microseconds per call of each: what others on the machine disturb least."""
     timing = importlib.import_module("fastlm.cli.bench").suite("timing")
     times = timing.interleave(
         dict.fromkeys(names, thunks),
         seconds,
+        realtime=realtime,
         within=lambda name: _registry.trying(verdict.stem, name),
     )
-    return {name: times[name].median for name in names}
+    return {name: times[name].least for name in names}
 
 
 def _finished(verdict: Verdict, thunk: Thunk) -> Thunk:

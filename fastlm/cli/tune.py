@@ -32,6 +32,7 @@ PROMPT, STEPS = 128, 4  # tokens of a model's prompt, and decoding steps after i
 @click.option("--dtype", help="With --model: float32, bfloat16 or float16; by default as stored.")
 @click.option("--seconds", default=150.0, show_default=True, help="No further case begins after.")
 @click.option("--threads", type=click.IntRange(min=1), help="The table counts for so many.")
+@click.option("--realtime", is_flag=True, help="On a machine with other work (needs root).")
 @click.option("--again", is_flag=True, help="Measure what the table knows already, too.")
 @click.option("--dry-run", is_flag=True, help="Say what would be measured, and end.")
 @click.option("--show", is_flag=True, help="Print the table of this machine, and end.")
@@ -43,6 +44,7 @@ def command(
     dtype: str | None,
     seconds: float,
     threads: int | None,
+    realtime: bool,
     again: bool,
     dry_run: bool,
     show: bool,
@@ -89,7 +91,7 @@ def command(
             click.echo(f"{len(chosen)} cases, {_duration(len(chosen), seconds)} s at the most")
             if dry_run:
                 return click.echo("\n".join(case.id for case in chosen))
-            run = _of_cases(chosen, seconds, again)
+            run = _of_cases(chosen, seconds, again, realtime)
         if dry_run:
             return click.echo(f"the winners go to {path}")
         results = _kept(run)
@@ -170,7 +172,7 @@ def _cases(ops: tuple[str, ...], shape: str | None) -> list[Any]:
     return sorted(chosen, key=lambda c: c.flops > 2e10)  # short ones first
 
 
-def _of_cases(cases: list[Any], seconds: float, again: bool) -> Iterator[Result]:
+def _of_cases(cases: list[Any], seconds: float, again: bool, realtime: bool) -> Iterator[Result]:
     started, met = time.perf_counter(), set[Any]()
     each = min(0.3, max(0.05, 0.4 * seconds / len(cases)))
     with Progress() as progress:
@@ -180,12 +182,14 @@ def _of_cases(cases: list[Any], seconds: float, again: bool) -> Iterator[Result]
                 click.echo(f"{len(cases) - done} cases were left out: the time was up", err=True)
                 return
             try:
-                yield from measure_case(case, each, again, met)
+                yield from measure_case(case, each, again, met, realtime)
             except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                 click.echo(f"{case.id} failed: {error}", err=True)
 
 
-def measure_case(case: Any, seconds: float, again: bool, met: set[Any]) -> Iterator[Result]:
+def measure_case(
+    case: Any, seconds: float, again: bool, met: set[Any], realtime: bool = False
+) -> Iterator[Result]:
     """Measures the classes of calls that a case of the benchmarks makes, those in `met` excepted.
 
     Cold cases rotate their inputs, as in the benchmarks.
@@ -217,7 +221,9 @@ def measure_case(case: Any, seconds: float, again: bool, met: set[Any]) -> Itera
                 return str(driver.problems(case, work))
 
         for verdict in found:
-            yield tune.measure(verdict, thunks, check, shape=case.shape, seconds=seconds)
+            yield tune.measure(
+                verdict, thunks, check, shape=case.shape, seconds=seconds, realtime=realtime
+            )
 
 
 # ---- a model -------------------------------------------------------------------------------------
