@@ -157,6 +157,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 lambda x, b: F.linear(x, w64, b),
                 [x, bias],
                 gradients=False,
+                draws=8,
             )
 q = ops.quantize_weight(torch.randn(10, 256), 4).unpack()
 call = lambda x, q=q: own(x, q.values, q.scale, None, None, q.shape[0], False)
@@ -194,7 +195,7 @@ from fastlm import ops, reference
 from tests_of_operator import OPTIONS
 torch.manual_seed(0)
 SHAPES = [(0.1, 65), (0.0, 5000), (5.0, 20000), (0.1, 20000)]
-SOME = {torch.float32: SHAPES, torch.bfloat16: SHAPES[1:3], torch.float16: SHAPES[:1]}
+SOME = {torch.float32: SHAPES[2:], torch.bfloat16: SHAPES[1:3], torch.float16: SHAPES[:1]}
 for dtype, shapes in SOME.items():
     for spread, vocab in shapes:
         logits = (torch.randn(1, vocab) * spread).to(dtype)
