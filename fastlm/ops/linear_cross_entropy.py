@@ -56,23 +56,9 @@ register(
 
 
 def _fake(
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: int,
-    dx: bool,
-    dweight: bool,
-    dbias: bool,
-    chunk_rows: int,
-    library: bool,
+    x: Tensor, weight: Tensor, target: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, reduction, dx, dweight, dbias, _, _ = options
     return (
         x.new_empty((target.numel(),) if reduction == NONE else (), dtype=torch.float32),
         x.new_empty(x.shape if dx else 0, dtype=torch.float32),

@@ -7,36 +7,11 @@ import torch
 
 from fastlm import ops, reference
 from fastlm.testing import check
+from tests.ops.test_rope import baseline, tables
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # head size, width of the tables, rotary_dim
 WIDTHS = [(16, 16, None), (16, 8, None), (20, 8, None), (20, 4, 8), (10, 5, None), (6, 6, 6)]
-
-
-def baseline(q, k, cos, sin, interleaved=False, rotary_dim=None):
-    """The formula of Hugging Face transformers, in the dtype of the arguments."""
-    rotary = reference.rotated_width(q.shape[-1], cos.shape[-1], rotary_dim)
-    if cos.shape[-1] != rotary:
-        cos, sin = (
-            t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin)
-        )
-    cos, sin = (t.unsqueeze(-3).to(q.dtype) for t in (cos, sin))
-
-    def rotate(x):
-        turned, rest = x[..., :rotary], x[..., rotary:]
-        if interleaved:
-            partner = torch.stack((-turned[..., 1::2], turned[..., 0::2]), -1).flatten(-2)
-        else:
-            first, second = turned.chunk(2, -1)
-            partner = torch.cat((-second, first), -1)
-        return torch.cat((turned * cos + partner * sin, rest), -1)
-
-    return rotate(q), rotate(k)
-
-
-def tables(*shape, dtype=torch.float32):
-    angle = torch.randn(shape) * 3
-    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
