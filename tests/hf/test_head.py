@@ -219,10 +219,13 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("name", ENDINGS)
-def test_what_a_model_does_to_its_logits(name):
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+def test_what_a_model_does_to_its_logits(name, bias):
     after, known = ENDINGS[name]
     model = Ending(tiny().config)
     model.after = after
+    if bias:  # scaled with the product
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(96))
 
     def run(model, ids):
         out = model(ids, ids)
