@@ -169,3 +169,13 @@ def test_a_row_hidden_by_a_finite_mask_sees_all_keys_alike(dtype):
     check(ours, baseline, oracle, (q, k, v))
     weights = ours(q, k, torch.eye(5, 16, dtype=dtype).expand(1, 2, 5, 16))[0, 0, 1, :5]
     torch.testing.assert_close(weights, torch.full((5,), 0.2, dtype=dtype))
+
+
+@needs_native
+def test_a_gradient_of_sinks_in_half_precision_is_not_the_kernels():
+    q = torch.randn(1, 2, 8, 8, dtype=torch.bfloat16)
+    sinks = torch.randn(2, requires_grad=True)
+    with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="sinks in float32 only"):
+        ops.attention(q, q, q, sinks=sinks)
+    ops.attention(q, q, q, sinks=sinks).float().sum().backward()
+    assert sinks.grad.isfinite().all()
