@@ -103,6 +103,55 @@ def test_rope_append(tmp_path):
     run(folder, "-c", BAD_PLACES)
 
 
+# What only the device sees: lengths beyond the cache, pages that do not exist. And a token alone
+# against one in a batch, pieces of more keys than 128, heads of 256 on tensor cores.
+DECODING = """
+import torch
+from fastlm import ops, reference
+from fastlm.testing import check
+torch.manual_seed(0)
+own = torch.ops.fastlm.decode_attention.default
+none = (None, None, 0.0)
+for dtype in (torch.float32, torch.bfloat16):
+    q = torch.randn(3, 4, 1, 64, dtype=dtype)
+    k, v = (torch.randn(3, 2, 40, 64, dtype=dtype) for _ in "kv")
+    lengths = torch.tensor([41, -5, 2**40])
+    y = own(q, k, v, lengths, 0, 0.125, 0, *none, None, None, None, None)
+    expected = own(q, k, v, torch.tensor([40, 0, 40]), 0, 0.125, 0, *none, None, None, None, None)
+    assert torch.equal(y, expected) and not y[1].any()
+    pages, table = torch.randn(3, 2, 16, 64, dtype=dtype), torch.tensor([[0, 1], [2, 3], [-1, 2]])
+    more = (0, 0.125, 0, *none, table, None, None, None)
+    y = own(q, pages, pages, torch.tensor([20, 16, 3]), *more)
+    assert y[:2].isfinite().all() and y[2].isnan().all()
+    assert own(q, pages, pages, torch.tensor([20, 17, 0]), *more)[1].isnan().all()
+SHAPES = [(torch.float32, (1, 3, 1, 2, 8300, 20)), (torch.float16, (1, 1, 1, 1, 8300, 64)),
+          (torch.bfloat16, (2, 20, 1, 1, 150, 192)), (torch.bfloat16, (1, 2, 1, 2, 300, 256))]
+for dtype, shape in SHAPES:
+    batch, heads, kv_heads, queries, keys, size = shape
+    lengths = torch.tensor([keys, 17])[:batch]
+    q = torch.randn(batch, heads, queries, size, dtype=dtype)
+    k, v = (torch.randn(batch, kv_heads, keys, size, dtype=dtype) for _ in "kv")
+    last = lengths[:, None] - queries + torch.arange(queries)
+    seen = (torch.arange(keys) <= last[..., None])[:, None]
+    theirs = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, enable_gqa=True)
+    check(lambda *x: ops.decode_attention(*x, lengths), theirs,
+          lambda *x: reference.decode_attention(*x, lengths), [q, k, v], gradients=False)
+"""
+
+
+def test_decode_attention(tmp_path):
+    folder = emulated("decode_attention", tmp_path)
+    forms = "(masks and (rows or added)) or int8_cache or sees_nothing or any_strides or alone"
+    forms += (
+        " or of_each_sequence or empty or (beyond and not float32) or (options and not float32)"
+    )
+    forms += " or (matches and window and int64 and not 1100 and not 1300)"
+    forms += " or (matches and all_keys and full and (1100 or 300) and bfloat16) or (paged and 7)"
+    own_tests("decode_attention", folder, f"not torch- and not -torch and ({forms})")
+    run(folder, "-c", DECODING)
+
+
 # Rows of whole vectors: all in registers, and with a rest that is read again.
 ALIGNED_LOSSES = """
 import torch

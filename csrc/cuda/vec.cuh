@@ -10,6 +10,7 @@ namespace fastlm {
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(int8_t x) { return x; }
 
 __device__ inline void from_float(float x, float* out) { *out = x; }
 __device__ inline void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }

@@ -75,4 +75,36 @@ struct DecodeAttentionKernels {
   void (*combine)(const DecodeAttentionArgs&, int64_t begin, int64_t end);
 };
 
+namespace cuda {
+
+// What the GPU's kernels read themselves, where the CPU's binding makes a plan: nothing comes back
+// to the host. `lengths`, `first_key`, `first_task` and `table` of the arguments are null.
+struct DecodeAttentionLaunch {
+  const void* lengths;  // [batch] of int32 or int64, or null: `length` for all
+  int64_t length;
+  const void* table;  // int32 or int64, or null
+  int64_t keys;       // the cache holds for a sequence
+  int64_t pages;      // of the cache
+  int64_t piece;      // keys of a block
+  int64_t pieces;     // of a sequence
+  bool wide_lengths, wide_table;
+  bool aligned;  // the launcher's: K may be read 16 bytes at once
+};
+
+constexpr int kDecodePieces = 64;  // at most
+
+// Keys of a piece of a cache of `keys`, a multiple of 16; of the cache's size alone, so that the
+// bits depend on neither lengths nor GPU.
+inline int64_t decode_piece_keys(int64_t keys) {
+  const int64_t even = (keys + kDecodePieces - 1) / kDecodePieces;
+  return even <= 128 ? 128 : (even + 15) / 16 * 16;
+}
+
+// Launcher of csrc/cuda/decode_attention.cu: queues one or two kernels on a cudaStream_t, returns a
+// cudaError_t. With several pieces `partial` is [batch * heads * queries, pieces, value_dim + 2].
+int decode_attention(const DecodeAttentionArgs& args, const DecodeAttentionLaunch& more,
+                     void* stream);
+
+}  // namespace cuda
+
 }  // namespace fastlm

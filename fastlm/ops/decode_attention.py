@@ -43,6 +43,7 @@ def _size_class(q: torch.Size, kv_heads: int, keys: int, *rest: Any) -> str:
 
 register(
     "decode_attention",
+    Backend("cuda", ("cuda",), _unsupported),  # before Triton's until a GPU has measured both
     Backend("cpu", ("cpu",), _unsupported),
     triton(_unsupported),
     plain(_torch_unsupported),
