@@ -457,7 +457,7 @@ STARTS = torch.tensor([0, 3], dtype=torch.int32)
             (Q, K, K),
             {"alibi_slopes": torch.ones(3)},
             ValueError,
-            r"alibi_slopes must be \[4\] or \[1, 4\], got \[3\]",
+            r"slopes must be \[4\] or .*\[3\]",
         ),
         (
             (Q, K, K),
@@ -472,7 +472,7 @@ STARTS = torch.tensor([0, 3], dtype=torch.int32)
             (Q[0].mT, K[0].mT, K[0].mT),
             {"cu_seqlens_q": STARTS.long()},
             ValueError,
-            "cu_seqlens_q must be of torch.int32, got torch.int64",
+            "got torch.int64",
         ),
         (
             (Q[0, :, :, :], K[0, :, :, :].repeat(2, 1, 1), K[0].repeat(2, 1, 1)),
