@@ -50,6 +50,7 @@ FORMS = {
     "rms_norm": Form("ROWSxWIDTH", _plain),
     "layer_norm": Form("ROWSxWIDTH", _plain),
     "rope": Form("BATCHxTOKENSxHEADSxKV_HEADSxHEAD_DIM", _plain),
+    "rope_append": Form("BATCHxTOKENSxHEADSxKV_HEADSxHEAD_DIMxKEYS", _forward, False),
     "activation": Form("ROWSxWIDTH", _activation),
     "attention": Form("BATCHxHEADSxKV_HEADSxTOKENSxHEAD_DIM", _attention),
     "decode_attention": Form("BATCHxHEADSxKV_HEADSxKEYSxHEAD_DIM", _forward, False),

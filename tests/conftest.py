@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +15,45 @@ os.environ["FASTLM_TUNE_FILE"] = "none"  # what this machine measured decides no
 DATA = Path(os.environ.get("FASTLM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+ROOT = Path(__file__).parents[1]
+LONG = 2000  # tests of a session that takes minutes
+_compiling: list[subprocess.Popen] = []
+
+
+def pytest_collection_finish(session):
+    """A long session compiles the CUDA kernels beside its tests, on what these leave of the time.
+
+    tests/test_cuda_budget.py asks for them near the end; what is ready then it need not wait for.
+    """
+    wanted = any(item.path.name == "test_cuda_budget.py" for item in session.items)
+    if wanted and len(session.items) >= LONG and not session.config.option.collectonly:
+        _compiling.append(
+            subprocess.Popen(
+                [sys.executable, ROOT / "tools" / "cuda_budget.py"],
+                env={**os.environ, "MAX_JOBS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                preexec_fn=lambda: (os.setsid(), os.nice(19)),
+            )
+        )
+
+
+def pytest_sessionfinish():
+    for process in _compiling:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait()
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_poison():
     torch.manual_seed(0)
+    threads = torch.get_num_threads()  # commands that take --threads set them for the process
     # deterministic mode also fills every torch.empty with NaN
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
 
 

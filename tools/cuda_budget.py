@@ -91,8 +91,8 @@ def compile_one(stem: str, arch: str) -> Kernels:
     kernels = dict(sorted(zip(_readable(list(kernels)), kernels.values(), strict=True)))
     CACHE.mkdir(parents=True, exist_ok=True)
     for old in CACHE.glob(f"{stem}.{arch}.*"):
-        old.unlink()
-    fresh = kept.with_suffix(".new")
+        old.unlink(missing_ok=True)
+    fresh = kept.with_suffix(f".{os.getpid()}")  # others may compile the same at this moment
     fresh.write_text(json.dumps(kernels))
     fresh.replace(kept)
     return kernels

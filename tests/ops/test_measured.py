@@ -207,12 +207,17 @@ for i in range(20):
 """
 
 
+def like_here(**environment):
+    """For a process with as many threads as this one, whose verdicts are then of one kind."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+
+
 def writer(stem, path):
     return subprocess.Popen(
         [sys.executable, "-c", WRITER, stem],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "FASTLM_TUNE_FILE": str(path)},
+        env=like_here(FASTLM_TUNE_FILE=str(path)),
     )
 
 
@@ -336,8 +341,7 @@ def test_the_environment_asks_for_it(table):
     code = (
         "import torch\nfrom fastlm import ops\nfor i in range(3): ops.layer_norm(torch.ones(4, 8))"
     )
-    environment = {**os.environ, "FASTLM_TUNE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, env=like_here(FASTLM_TUNE="1"))
     assert list(_measured.verdicts("cpu")["layer_norm"]) == ["float32, weight=None, bias=None"]
 
 
