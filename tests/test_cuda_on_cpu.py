@@ -60,13 +60,18 @@ def test_norms(tmp_path, stem):
 
 def test_activation(tmp_path):
     folder = emulated("activation", tmp_path)
-    own_tests("activation", folder, "matches or tails or empty or strides or names_the_argument")
+    own_tests(
+        "activation",
+        folder,
+        "matches or tails or empty or strides or names_the_argument",
+        half=False,
+    )
 
 
 def test_rope(tmp_path):
     folder = emulated("rope", tmp_path)
     which = "matches or order_of_memory or rest_is_copied or empty or in_a_batch"
-    own_tests("rope", folder, f"{which} or names_the_argument")
+    own_tests("rope", folder, f"{which} or names_the_argument", half=False)
 
 
 # Places that do not exist: what a CPU refuses, and only the kernel of a GPU sees.
@@ -180,7 +185,7 @@ def test_cross_entropy(tmp_path):
     which += (
         " or undefined or ignored or empty or strided or (names_the_argument and not IndexError)"
     )
-    own_tests("cross_entropy", folder, which)
+    own_tests("cross_entropy", folder, which, half=False)
 
 
 # The weight lies by rows, which the facade does not keep on a CPU: the operator is called itself.

@@ -92,8 +92,11 @@ def run(folder: Path, *command: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
-def own_tests(stem: str, folder: Path, which: str) -> None:
-    """Runs some of the operator's own tests on the emulated kernels."""
+def own_tests(stem: str, folder: Path, which: str, *, half: bool = True) -> None:
+    """Runs some of the operator's own tests on the emulated kernels; not `half`: no fp16."""
+    which = f"({which}) and not [torch- and not -torch- and not -torch]"  # PyTorch's own
+    if not half:
+        which += " and not (float16 and not bfloat16)"
     tests = folder / "tests_of_operator.py"
     shutil.copy(ROOT / f"tests/ops/test_{stem}.py", tests)
     shutil.copy(ROOT / "tests/conftest.py", folder)  # the seed
