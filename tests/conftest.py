@@ -21,16 +21,19 @@ _compiling: list[subprocess.Popen] = []
 
 
 def pytest_collection_finish(session):
-    """A long session compiles the CUDA kernels beside its tests, on what these leave of the time.
+    """A long session compiles the GPU kernels beside its tests, on what these leave of the time.
 
-    tests/test_cuda_budget.py asks for them near the end; what is ready then it need not wait for.
+    test_cuda_budget.py and test_triton.py ask for them near the end, and find most of them made.
     """
-    wanted = any(item.path.name == "test_cuda_budget.py" for item in session.items)
-    if wanted and len(session.items) >= LONG and not session.config.option.collectonly:
+    asking = {"test_cuda_budget.py", "test_triton.py"} <= {item.path.name for item in session.items}
+    if asking and len(session.items) >= LONG and not session.config.option.collectonly:
+        tools = "tools/cuda_budget.py", "tools/compile_kernels.py"
+        each = "import subprocess, sys\nfor t in sys.argv[1:]: subprocess.run([sys.executable, t])"
         _compiling.append(
             subprocess.Popen(
-                [sys.executable, ROOT / "tools" / "cuda_budget.py"],
-                env={**os.environ, "MAX_JOBS": "1"},
+                [sys.executable, "-c", each, *tools],
+                cwd=ROOT,
+                env={**os.environ, "MAX_JOBS": "1", "PYTHONPATH": str(ROOT)},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 preexec_fn=lambda: (os.setsid(), os.nice(19)),
