@@ -23,7 +23,7 @@ def case(dtype: str, batch: int, tokens: int, heads: int, kv_heads: int, head: i
         every = randn(dtype, batch, tokens, heads + 2 * kv_heads, head).transpose(1, 2)
         cos, sin = tables(dtype, keys, head)
         caches = tuple(randn(dtype, batch, kv_heads, keys, head) for _ in "kv")
-        form = partial(run, heads=heads, kv_heads=kv_heads, length=keys - 1)
+        form = partial(run, heads=heads, kv_heads=kv_heads, length=keys)
         exact = [x.double() for x in (cos, sin, *caches)]
         return Work(
             (every,),
