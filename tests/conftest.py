@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,37 +12,12 @@ os.environ["FASTLM_TUNE_FILE"] = "none"  # what this machine measured decides no
 DATA = Path(os.environ.get("FASTLM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-ROOT = Path(__file__).parents[1]
-LONG = 2000  # tests of a session that takes minutes
-_compiling: list[subprocess.Popen] = []
+LONGEST = ("test_cuda_budget.py", "test_triton.py", "test_arm.py")
 
 
-def pytest_collection_finish(session):
-    """A long session compiles the GPU kernels beside its tests, on what these leave of the time.
-
-    test_cuda_budget.py and test_triton.py ask for them near the end, and find most of them made.
-    """
-    asking = {"test_cuda_budget.py", "test_triton.py"} <= {item.path.name for item in session.items}
-    if asking and len(session.items) >= LONG and not session.config.option.collectonly:
-        tools = "tools/cuda_budget.py", "tools/compile_kernels.py"
-        each = "import subprocess, sys\nfor t in sys.argv[1:]: subprocess.run([sys.executable, t])"
-        _compiling.append(
-            subprocess.Popen(
-                [sys.executable, "-c", each, *tools],
-                cwd=ROOT,
-                env={**os.environ, "MAX_JOBS": "1", "PYTHONPATH": str(ROOT)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                preexec_fn=lambda: (os.setsid(), os.nice(19)),
-            )
-        )
-
-
-def pytest_sessionfinish():
-    for process in _compiling:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.wait()
+def pytest_collection_modifyitems(items):
+    """Files that compile for minutes come first: nothing waits for them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
