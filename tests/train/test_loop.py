@@ -431,7 +431,7 @@ def test_another_run_is_not_overwritten(tmp_path):
         ({"model": tiny.make(hidden=16)}, r"another shape: hidden is 32, the model's is 16"),
         ({"model": tiny.make(layers=1)}, r"another shape: layers is 2, the model's is 1"),
     ],
-    ids=str,
+    ids=("lr", "accumulate", "block", "seed", "hidden", "layers"),
 )
 def test_a_resume_with_something_else_is_refused(tmp_path, changes, message):
     run(out=tmp_path, steps=2)
