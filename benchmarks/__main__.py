@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reference=bool(args.op),
         realtime=args.realtime,
         keep=args.allocator != "system",
+        again=args.again,
     )
     content, outcomes = session.measure(chosen, plan, say)
     print("\n" + session.summary(outcomes))
@@ -95,6 +96,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="the same as --seconds 0.25")
     add("--compile", action="store_true", help="torch.compile as a further peer (slow)")
     add("--seconds", type=float, default=0.6, help="timing per case (default 0.6)")
+    add(
+        "--again",
+        type=int,
+        default=2,
+        metavar="N",
+        help="cases whose samples spread widely are timed up to N times more, at the end; the "
+        "calmest round counts (default 2)",
+    )
     add("--threads", type=int, help="threads of PyTorch and of the kernels")
     add(
         "--allocator",

@@ -28,6 +28,12 @@ class Outcome:
     backend: str = ""
     times: dict[str, Times] = field(default_factory=dict)
     floor_us: float = 0.0
+    rounds: int = 1  # how often it was timed; the calmest round is the one here
+
+    @property
+    def spread(self) -> float:
+        """The widest of its implementations' spreads."""
+        return max((t.spread for t in self.times.values()), default=0.0)
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -52,6 +58,8 @@ class Outcome:
         }
         if self.note:
             facts["note"] = self.note
+        if self.rounds > 1:
+            facts["rounds"] = self.rounds
         if self.times:
             facts["floor_us"] = _short(self.floor_us)
             facts["times_us"] = {

@@ -18,6 +18,7 @@ from .case import Case
 from .driver import Outcome
 
 Say = Callable[[str], None]
+SPREAD = 0.12  # of a case's samples, above which the machine was too busy to believe them
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Plan:
     realtime: bool = False
     keep: bool = True  # glibc keeps freed memory, for all that is timed
     budget: float = math.inf  # seconds after which no further case begins
+    again: int = 0  # times that cases with widely spread samples are timed once more, at the end
 
 
 def measure(cases: Sequence[Case], plan: Plan, say: Say) -> tuple[dict, list[Outcome]]:
@@ -50,12 +52,10 @@ def measure(cases: Sequence[Case], plan: Plan, say: Say) -> tuple[dict, list[Out
     peaks = ", ".join(f"{name} {peak:.0f} GFLOP/s" for name, peak in limits.gflops.items())
     say(f"reached by PyTorch here: {levels}; {peaks}\n")
 
-    outcomes = []
-    for number, case in enumerate(cases, 1):
+    def run(case: Case) -> Outcome:
         if time.perf_counter() - started > plan.budget:
-            outcomes.append(Outcome(case, "skipped", "the time was up"))
-            continue
-        outcome = driver.run(
+            return Outcome(case, "skipped", "the time was up")
+        return driver.run(
             case,
             limits,
             seconds=plan.seconds,
@@ -63,8 +63,19 @@ def measure(cases: Sequence[Case], plan: Plan, say: Say) -> tuple[dict, list[Out
             reference=plan.reference,
             realtime=plan.realtime,
         )
-        outcomes.append(outcome)
-        say(f"[{number:3}/{len(cases)}] {line(outcome)}")
+
+    outcomes = []
+    for number, case in enumerate(cases, 1):
+        outcomes.append(run(case))
+        if outcomes[-1].status != "skipped":
+            say(f"[{number:3}/{len(cases)}] {line(outcomes[-1])}")
+    for round_ in range(2, plan.again + 2):
+        restless = [i for i, o in enumerate(outcomes) if o.spread > SPREAD]
+        if restless:
+            say(f"\n{len(restless)} cases spread by more than {SPREAD:.0%}, timed again:")
+        for i in restless:
+            outcomes[i] = calmest(outcomes[i], run(outcomes[i].case), round_)
+            say(f"[{i + 1:3}/{len(cases)}] {line(outcomes[i])}")
 
     now = datetime.datetime.now(datetime.timezone.utc)
     content = {
@@ -78,6 +89,7 @@ def measure(cases: Sequence[Case], plan: Plan, say: Say) -> tuple[dict, list[Out
             "allocator": allocator,
             "realtime": plan.realtime,
             "seconds_per_case": plan.seconds,
+            "rounds_at_most": plan.again + 1,
             "tuned": _tuned(),
             "environment": {k: v for k, v in os.environ.items() if k.startswith("FASTLM_")},
         },
@@ -88,6 +100,13 @@ def measure(cases: Sequence[Case], plan: Plan, say: Say) -> tuple[dict, list[Out
         "cases": [outcome.record() for outcome in outcomes],
     }
     return content, outcomes
+
+
+def calmest(one: Outcome, other: Outcome, rounds: int) -> Outcome:
+    """Of two rounds of a case the one whose samples spread less, whatever they say."""
+    better = other if other.status == "timed" and other.spread < one.spread else one
+    better.rounds = rounds
+    return better
 
 
 def _tuned() -> int:
@@ -103,7 +122,7 @@ def line(outcome: Outcome) -> str:
     if outcome.status != "timed":
         return f"{head}{outcome.status.upper()}: {outcome.note}"
     ours = outcome.times["ours"]
-    text = f"{head}{duration(ours.median)} ±{(ours.p75 - ours.p25) / 2 / ours.median:4.0%}"
+    text = f"{head}{duration(ours.median)} ±{ours.spread:4.0%}"
     for name, ratio in outcome.ratios.items():
         text += f"  {ratio:6.2f}x {name} ({duration(outcome.times[name].median).strip()})"
     if outcome.floor_us:

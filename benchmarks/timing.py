@@ -1,8 +1,9 @@
 """Times several functions against each other on a machine that others may use too.
 
 Functions take turns, so that a slow minute falls on all of them; a sample is one burst of calls;
-the figure is the median of the samples. On Linux a sample during which the process's threads waited
-for a processor for more than 4 % of the time is dropped.
+the figure is the median of the samples. On Linux a sample is dropped during which the process's
+threads waited for a processor for more than 4 % of the time, or a virtual machine's host took one
+away.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ class Times:
     least: float
     samples: int
     disturbed: int  # further samples, dropped because others had the processor
+
+    @property
+    def spread(self) -> float:
+        """Half of the distance between the quartiles, as a share of the median."""
+        return (self.p75 - self.p25) / 2 / self.median
 
     @staticmethod
     def of(samples: Sequence[float], disturbed: int = 0) -> Times:
@@ -104,11 +110,11 @@ def _sample(turn: Iterator[Thunk], calls: int, realtime: bool) -> tuple[float, f
     wake, *burst = itertools.islice(turn, 1 + calls)
     with raised(realtime):
         wake()  # the threads of the pool
-        before, start = _waited(), time.perf_counter()
+        before, start = _waited() + _stolen(), time.perf_counter()
         for thunk in burst:
             thunk()
         wall = time.perf_counter() - start
-        return wall, _waited() - before
+        return wall, _waited() + _stolen() - before
 
 
 @contextlib.contextmanager
@@ -134,6 +140,13 @@ def _waited() -> float:
         with contextlib.suppress(OSError, IndexError):
             total += int(task.read_text().split()[1])
     return total * 1e-9
+
+
+def _stolen() -> float:
+    """Seconds, in steps of 10 ms, for which the host ran something else on our processors."""
+    with contextlib.suppress(OSError, IndexError, ValueError), open("/proc/stat") as file:
+        return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _priority(policy: int) -> None:

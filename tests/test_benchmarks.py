@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import case as cases
-from benchmarks import driver, machine, report, results_file
+from benchmarks import driver, machine, report, results_file, session, timing
 from benchmarks.__main__ import main
 from benchmarks.case import Case, Work
 from benchmarks.session import line, summary
@@ -83,6 +84,26 @@ def test_turns_are_fair_and_samples_are_counted():
     times = interleave(thunks, seconds=0.01)
     assert abs(seen.count("a0") - seen.count("a1")) <= 1
     assert times["a"].samples >= 5 and times["a"].least > 0
+
+
+def test_what_the_host_took_away_counts_as_waiting(monkeypatch):
+    stolen = iter([1.0, 1.25])
+    monkeypatch.setattr(timing, "_stolen", lambda: next(stolen))
+    _, waited = timing._sample(itertools.cycle([torch.zeros(1).sum]), 3, realtime=False)
+    assert waited >= 0.25
+
+
+def test_of_two_rounds_the_calmer_one_counts():
+    def outcome(*microseconds):
+        times = {"ours": Times.of([1e-6 * us for us in microseconds])}
+        return driver.Outcome(cases.load(["rope"])[0], "timed", times=times)
+
+    restless, calm = outcome(1, 5, 9), outcome(7, 7.1, 7.2)
+    assert session.calmest(restless, calm, 2) is calm and calm.rounds == 2
+    assert session.calmest(calm, restless, 3) is calm and calm.rounds == 3
+    assert calm.record()["rounds"] == 3
+    failed = driver.Outcome(calm.case, "error", "no memory")
+    assert session.calmest(restless, failed, 2) is restless
 
 
 def test_quartiles_of_known_samples():
