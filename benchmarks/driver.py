@@ -16,6 +16,7 @@ from .machine import Limits, cache_size
 from .timing import Thunk, Times, interleave
 
 ROTATED = 2**29  # bytes of rotated weights at most
+COPIES = 1000  # sets of inputs at most: below some 100 KB a cold case is read from the last cache
 
 
 @dataclass
@@ -146,7 +147,7 @@ def copies(case: Case) -> int:
     if not case.cold:
         return 1
     wanted = 2 * cache_size(3)
-    return max(1, min(math.ceil(wanted / case.bytes), ROTATED // case.bytes))
+    return max(1, min(math.ceil(wanted / case.bytes), ROTATED // case.bytes, COPIES))
 
 
 def thunk(case: Case, work: Work, call: Call) -> Thunk:
