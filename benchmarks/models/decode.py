@@ -34,7 +34,7 @@ from fastlm.testing import error
 from .. import machine, results_file
 from ..case import DTYPES
 from ..timing import raised
-from . import llama_cpp
+from . import llama_cpp, streaming
 
 SIZES = {
     "15M": {"hidden": 288, "layers": 6, "heads": 6, "intermediate": 768, "max_positions": 1024},
@@ -73,8 +73,7 @@ def transformers_of(model: Decoder) -> Any:
             model.save_pretrained(folder)
             dtype = model.embed.weight.dtype
             hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        hf.generation_config.eos_token_id = None
-        return hf.eval()
+            return hf.eval()
     with torch.device("meta"):
         hf = LlamaForCausalLM(
             LlamaConfig(
@@ -106,7 +105,6 @@ def transformers_of(model: Decoder) -> Any:
         weights |= {f"model.layers.{i}.{name}": w for name, w in layer.items()}
     hf.load_state_dict({f"{name}.weight": w for name, w in weights.items()}, assign=True)
     hf.model.rotary_emb = type(hf.model.rotary_emb)(hf.config)  # its tables are no weights
-    hf.generation_config.eos_token_id = None
     return hf.eval()
 
 
@@ -127,30 +125,7 @@ def modules(model: Decoder) -> Turn:
 
 def transformers(hf: Any) -> Turn:
     """transformers' `generate`."""
-
-    class Clock:
-        def __init__(self) -> None:
-            self.at: list[float] = []
-
-        def put(self, tokens: object) -> None:
-            self.at.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    def turn(count: int) -> list[float]:
-        clock, tokens = Clock(), torch.tensor([PROMPT])
-        hf.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-            streamer=clock,
-        )
-        return clock.at[1:]  # the first call brings the prompt
-
-    return turn
+    return lambda count: streaming.times(hf, PROMPT, count)
 
 
 def check(size: str, dtype: torch.dtype) -> None:

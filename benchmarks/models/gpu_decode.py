@@ -34,6 +34,7 @@ from fastlm.testing import error
 
 from .. import machine, results_file
 from ..case import DTYPES
+from . import streaming
 from .decode import BITS, PROMPT, SIZES, Turn, ours, transformers_of
 
 SHAPES = {
@@ -131,32 +132,7 @@ def launched(model: Decoder) -> Turn:
 def transformers(model: Decoder) -> Turn:
     """transformers' `generate` with its static cache, compiled as it compiles itself."""
     hf = transformers_of(model).to(model.embed.weight.device)
-    tokens = torch.tensor([PROMPT], device=hf.device)
-
-    class Clock:
-        def __init__(self) -> None:
-            self.at: list[float] = []
-
-        def put(self, tokens: object) -> None:
-            self.at.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    def turn(count: int) -> list[float]:
-        clock = Clock()
-        hf.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-            cache_implementation="static",
-            streamer=clock,
-        )
-        return clock.at[1:]  # the first call brings the prompt
-
-    return turn
+    return lambda count: streaming.times(hf, PROMPT, count, cache_implementation="static")
 
 
 def measure(model: Decoder, wanted: Sequence[str], rounds: int, count: int) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import streaming
+
 NAMES = ("original", "patched", "decoder")
 TITLES = {"original": "original", "patched": "patched", "decoder": "fastlm Decoder"}
 
@@ -79,19 +81,7 @@ class Transformers(Variant):
         return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
     def stream(self, prompt: list[int], count: int) -> list[float]:
-        clock = _Clock()
-        tokens = torch.tensor([prompt])
-        config = self.model.generation_config
-        config.eos_token_id = None  # every variant generates the same number of tokens
-        self.model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-            streamer=clock,
-        )
-        return clock.at[1:]  # the first call brings the prompt
+        return streaming.times(self.model, prompt, count)
 
 
 class Decoder(Variant):
@@ -117,16 +107,3 @@ def load(name: str, folder: Path, dtype: torch.dtype) -> Variant:
     if name == "decoder":
         return Decoder(folder, dtype)
     return Transformers(folder, dtype, patched=name == "patched")
-
-
-class _Clock:
-    """A transformers streamer that only looks at the time."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-
-    def put(self, tokens: Tensor) -> None:
-        self.at.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass

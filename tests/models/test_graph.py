@@ -7,12 +7,13 @@ import copy
 import sys
 
 import pytest
+import small_models
 import torch
 from torch._subclasses import FakeTensorMode
 
 import fastlm
 from fastlm import _ext, nn
-from fastlm.models import Config, Decoder, graph, static_step
+from fastlm.models import Decoder, graph, static_step
 from fastlm.models.sampling import Options, Sampler
 from fastlm.models.static_step import StaticStep
 from fastlm.models.step import make_step
@@ -20,20 +21,7 @@ from fastlm.ops._registry import recording, use_backend
 from fastlm.testing import error
 
 LLAMA = {"vocab": 211, "hidden": 64, "layers": 2, "heads": 6, "kv_heads": 2, "head_dim": 32}
-GPT2 = {
-    "vocab": 150,
-    "hidden": 64,
-    "layers": 2,
-    "heads": 4,
-    "intermediate": 96,
-    "norm": "layer",
-    "positions": "learned",
-    "gated": False,
-    "activation": "gelu_tanh",
-    "qkv_bias": True,
-    "out_bias": True,
-    "mlp_bias": True,
-}
+GPT2 = {**small_models.GPT2, "hidden": 64, "heads": 4, "intermediate": 96}
 SHAPES = {
     "llama": LLAMA,
     "qwen": {**LLAMA, "tied_head": False, "qkv_bias": True},
@@ -45,14 +33,7 @@ PROMPTS = {"one": [[5, 1, 7]], "unequal": [[1, 2, 3], [*range(11)], [4], [9, 8, 
 
 def make(shape: str, dtype=torch.float32, bits: int | None = None, **changes) -> Decoder:
     torch.manual_seed(0)
-    model = Decoder(Config(**{"max_positions": 400, **SHAPES[shape], **changes}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # layers that say more than the token
-            if parameter.dim() == 2:
-                parameter.mul_(10 if name.startswith("blocks") else 3)
-            else:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    model = model.to(dtype).eval()
+    model = small_models.make({**SHAPES[shape], **changes}, dtype)
     return model if bits is None else model.quantize(bits)
 
 

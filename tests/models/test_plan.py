@@ -6,11 +6,12 @@ import copy
 import threading
 
 import pytest
+import small_models
 import torch
 
 import fastlm
 from fastlm import _ext, nn
-from fastlm.models import Config, Decoder, plan
+from fastlm.models import Decoder, plan
 from fastlm.models.plan import DecodePlan, NextLogits, unsupported
 from fastlm.models.step import make_step
 from fastlm.ops._registry import recording, use_backend
@@ -21,20 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 LLAMA = {"vocab": 211, "hidden": 72, "layers": 2, "heads": 6, "kv_heads": 2, "head_dim": 20}
-GPT2 = {
-    "vocab": 150,
-    "hidden": 48,
-    "layers": 2,
-    "heads": 3,
-    "intermediate": 100,
-    "norm": "layer",
-    "positions": "learned",
-    "gated": False,
-    "activation": "gelu_tanh",
-    "qkv_bias": True,
-    "out_bias": True,
-    "mlp_bias": True,
-}
+GPT2 = {**small_models.GPT2, "hidden": 48, "heads": 3, "intermediate": 100}
 SHAPES = {
     "llama": LLAMA,
     "untied": {**LLAMA, "tied_head": False, "qkv_bias": True, "intermediate": 130},
@@ -46,14 +34,7 @@ SHAPES = {
 
 
 def make(shape: str, dtype=torch.float32, **changes) -> Decoder:
-    model = Decoder(Config(**{"max_positions": 400, **SHAPES[shape], **changes}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # layers that say more than the token
-            if parameter.dim() == 2:
-                parameter.mul_(10 if name.startswith("blocks") else 3)
-            else:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
+    return small_models.make({**SHAPES[shape], **changes}, dtype)
 
 
 def begin(model: Decoder, prompts: list[int], capacity: int = 4):
