@@ -4,8 +4,8 @@
 //            integers of the weight meet one digit at a time in the processor's byte product, which
 //            is exact; the digits' sums are put together as floats once per 32 values. Bytes are
 //            unsigned there: weights carry an offset, taken off again through the sums of x.
-// Tile       32 outputs (16 without AVX-512) x up to 4 rows of x x 32 values: an accumulator per
-//            digit, row and vector of outputs, no sum across lanes
+// Tile       16 outputs x up to 4 rows of x x 32 values: an accumulator per digit, row and vector
+//            of outputs, no sum across lanes
 // Traffic    reads the packed weight once, in order; x from L1
 // Numerics   exact within 32 values but for what fixed point drops, 2^-27 of the largest of them
 //            (bf16: 2^-20, with one digit: half of 1 / 127); fp32 sums over the blocks in order,
@@ -155,19 +155,18 @@ inline void add_quad(const VecI (&w)[kCount], const XBlock<kDigits>* const (&x)[
   }
 }
 
-// Outputs and rows of x in one tile: a digit of x serves all its outputs, and the accumulators fit
-// the registers.
-constexpr int kWide = kLanes == 16 ? 2 : 1;  // panels
+// Rows of x in one tile: their accumulators fit the registers.
 constexpr int rows_in_tile(int digits) {
-  const int fit = (kLanes == 16 ? 16 : 8) / (kWide * kVectors * digits);
+  const int fit = (kLanes == 16 ? 16 : 8) / (kVectors * digits);
   return fit < 1 ? 1 : fit > 4 ? 4 : fit;
 }
 
-// sums[r][v] = kRows rows of x against kPanels panels, from the first block to the last.
-template <QuantizedForm form, int kDigits, int kRows, int kPanels>
+// sums[r][v] = kRows rows of x against a panel, from the first block to the last. One panel: memory
+// is fastest as one stream a thread, which runs on into the next panel.
+template <QuantizedForm form, int kDigits, int kRows>
 void tile(const QuantizedLinearForward& a, int64_t row, int64_t panel,
-          VecF (&sums)[kRows][kPanels * kVectors]) {
-  constexpr int kCount = kPanels * kVectors;
+          VecF (&sums)[kRows][kVectors]) {
+  constexpr int kCount = kVectors;
   constexpr bool kSmall = form != QuantizedForm::kInt8 || kDigits > 1;
   const int64_t blocks = a.in / kQuantizedBlock, groups = a.in / a.group;
   // vector v of the outputs
@@ -175,10 +174,10 @@ void tile(const QuantizedLinearForward& a, int64_t row, int64_t panel,
   const fp16 *scale[kCount], *minimum[kCount];
 #pragma GCC unroll 4
   for (int v = 0; v < kCount; ++v) {
-    const int64_t p = panel + v / kVectors, lane = v % kVectors * kLanes;
-    w[v] = static_cast<const uint8_t*>(a.values) + p * blocks * kBlockBytes<form> + 4 * lane;
-    scale[v] = static_cast<const fp16*>(a.scale) + p * groups * kQuantizedPanel + lane;
-    minimum[v] = static_cast<const fp16*>(a.minimum) + p * groups * kQuantizedPanel + lane;
+    const int64_t lane = v * kLanes, step = panel * groups * kQuantizedPanel + lane;
+    w[v] = static_cast<const uint8_t*>(a.values) + panel * blocks * kBlockBytes<form> + 4 * lane;
+    scale[v] = static_cast<const fp16*>(a.scale) + step;
+    minimum[v] = static_cast<const fp16*>(a.minimum) + step;
   }
   const XBlock<kDigits>* x[kRows];
 #pragma GCC unroll 4
@@ -236,11 +235,10 @@ void tile(const QuantizedLinearForward& a, int64_t row, int64_t panel,
 }
 
 template <class T>
-void store_sums(const QuantizedLinearForward& a, const VecF* sums, int count, int64_t row,
-                int64_t first) {
+void store_sums(const QuantizedLinearForward& a, const VecF* sums, int64_t row, int64_t first) {
   const T* bias = static_cast<const T*>(a.bias);
   T* y = static_cast<T*>(a.y) + row * a.y_stride;
-  for (int v = 0; v < count; ++v, first += kLanes) {
+  for (int v = 0; v < kVectors; ++v, first += kLanes) {
     const int64_t left = a.out - first;
     if (left >= kLanes) {
       store(y + first, bias == nullptr ? sums[v] : sums[v] + load(bias + first));
@@ -251,32 +249,28 @@ void store_sums(const QuantizedLinearForward& a, const VecF* sums, int count, in
   }
 }
 
-template <QuantizedForm form, int kDigits, int kRows, int kPanels>
-void rows_of_panels(const QuantizedLinearForward& a, int64_t row, int64_t panel) {
-  constexpr int kCount = kPanels * kVectors;
+template <QuantizedForm form, int kDigits, int kRows>
+void rows_of_panel(const QuantizedLinearForward& a, int64_t row, int64_t panel) {
   for (; row + kRows <= a.rows; row += kRows) {
-    VecF sums[kRows][kCount];
-    tile<form, kDigits, kRows, kPanels>(a, row, panel, sums);
+    VecF sums[kRows][kVectors];
+    tile<form, kDigits, kRows>(a, row, panel, sums);
     for (int r = 0; r < kRows; ++r) {
       const int64_t first = panel * kQuantizedPanel;
       if (a.dtype == DType::kFloat32) {
-        store_sums<float>(a, sums[r], kCount, row + r, first);
+        store_sums<float>(a, sums[r], row + r, first);
       } else if (a.dtype == DType::kBFloat16) {
-        store_sums<bf16>(a, sums[r], kCount, row + r, first);
+        store_sums<bf16>(a, sums[r], row + r, first);
       } else {
-        store_sums<fp16>(a, sums[r], kCount, row + r, first);
+        store_sums<fp16>(a, sums[r], row + r, first);
       }
     }
   }
-  if constexpr (kRows > 1) rows_of_panels<form, kDigits, 1, kPanels>(a, row, panel);
+  if constexpr (kRows > 1) rows_of_panel<form, kDigits, kRows - 1>(a, row, panel);
 }
 
 template <QuantizedForm form, int kDigits>
 void forward_panels(const QuantizedLinearForward& a, int64_t begin, int64_t end) {
-  for (; begin + kWide <= end; begin += kWide) {
-    rows_of_panels<form, kDigits, rows_in_tile(kDigits), kWide>(a, 0, begin);
-  }
-  for (; begin < end; ++begin) rows_of_panels<form, kDigits, rows_in_tile(kDigits), 1>(a, 0, begin);
+  for (; begin < end; ++begin) rows_of_panel<form, kDigits, rows_in_tile(kDigits)>(a, 0, begin);
 }
 
 template <QuantizedForm form>
