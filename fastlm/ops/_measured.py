@@ -1,11 +1,11 @@
 """The table of measured winners: which implementation was fastest for a class of calls, here.
 
 `fastlm tune` writes it, the chooser reads it: one JSON file in the user's cache folder
-(`settings.tune_file`). It holds a section per machine, thread count and set of versions, and is
-read once per process; a section of another machine or version is never used. In a section a verdict
-is found by operator, element type and facts of the call ("bfloat16, weight=bfloat16"), and the
-class of its sizes ("9-16 x 4096"): widths and head counts as they are, numbers of rows up to the
-next power of two, forward alone or with gradients.
+(`settings.tune_file`). It holds a section per machine, thread count, build and set of versions, and
+is read once per process; a section of another one is never used. In a section a verdict is found by
+operator, element type and facts of the call ("bfloat16, weight=bfloat16"), and the class of its
+sizes ("9-16 x 4096"): widths and head counts as they are, numbers of rows up to the next power of
+two, forward alone or with gradients.
 
 Written whole or not at all, under a lock, each process adding to what the others wrote.
 """
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -101,10 +103,12 @@ def identity(device: str) -> Identity:
     """What a section is measured on and with; another one's figures say nothing here."""
     facts: Identity = {"device": device, "fastlm": __version__, "torch": torch.__version__}
     if device == "cpu":
+        facts["kernels"] = _digest("_C.*.so")
         facts["processor"] = processor()
         facts["instruction set"] = _ext.native.cpu_isa() if _ext.native else None
         facts["threads"] = torch.get_num_threads()
     elif device == "cuda" and torch.cuda.is_available():
+        facts["kernels"] = _digest("_cuda.so")
         facts["GPU"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
         if not _ext.triton_error():
@@ -112,6 +116,14 @@ def identity(device: str) -> Identity:
 
             facts["triton"] = triton.__version__
     return facts
+
+
+@functools.cache
+def _digest(pattern: str) -> str | None:
+    """Of the built kernels: those built anew, of the same version or not, are measured anew."""
+    for library in sorted(Path(_ext.__file__).parent.glob(pattern)):
+        return hashlib.blake2b(library.read_bytes(), digest_size=6).hexdigest()
+    return None
 
 
 def processor() -> str:
@@ -137,7 +149,8 @@ def verdicts(device: str) -> Verdicts:
         return _fixed
     key = _place(device)
     if key not in _here:
-        _here[key] = parsed(_section(_read(), identity(device))["verdicts"])
+        kept = _read()
+        _here[key] = parsed(_section(kept, identity(device))["verdicts"]) if kept else {}
     return _here[key]
 
 

@@ -152,7 +152,10 @@ def test_explain_shows_the_times(table):
     )
 
 
-@pytest.mark.parametrize("name, value", [("torch", "2.1.0"), ("processor", "Z80"), ("threads", 77)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("torch", "2.1.0"), ("processor", "Z80"), ("threads", 77), ("kernels", "an older build")],
+)
 def test_a_table_made_elsewhere_is_not_used_and_explained(table, name, value):
     tell(cpu=12.0, torch=9.0)
     content = json.loads(table.read_text())
