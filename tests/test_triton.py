@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDS_TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (extra test)"
 )
+PARTS = 3
 OLD = importlib.util.find_spec("triton") and importlib.metadata.version("triton") < "3.7"
 
 
@@ -36,11 +37,11 @@ def run(*command: str, **environment: str) -> None:
 
 @NEEDS_TRITON
 @pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 fails with NumPy 2.4")
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "tests" / "triton").glob("test_*.py")), ids=lambda file: file.stem
-)
-def test_in_the_interpreter(file):
-    run("-m", "pytest", str(file), "-p", "no:cacheprovider", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_in_the_interpreter(part):
+    """A few processes for all files: each pays seconds of imports."""
+    files = sorted(map(str, (ROOT / "tests" / "triton").glob("test_*.py")))[part::PARTS]
+    run("-m", "pytest", *files, "-p", "no:cacheprovider", TRITON_INTERPRET="1")
 
 
 @NEEDS_TRITON

@@ -145,9 +145,14 @@ def options_of(name, batch=1, count=4):
     return options, [torch.randn(count)] if "sinks" in name else []
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+OPTIONS = ["cap", "slopes", "sinks", "lse", "sinks_lse", "cap_slopes_window_sinks_lse"]
+
+
+# every option in fp32, and in one of the narrow types
 @pytest.mark.parametrize(
-    "name", ["cap", "slopes", "sinks", "lse", "sinks_lse", "cap_slopes_window_sinks_lse"]
+    "name, dtype",
+    [(name, dtype) for n, name in enumerate(OPTIONS) for dtype in (DTYPES[0], DTYPES[1 + n % 2])],
+    ids=str,
 )
 def test_options(dtype, name):
     options, sinks = options_of(name, count=8)
