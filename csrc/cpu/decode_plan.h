@@ -264,33 +264,36 @@ void logits_units(const PlanStep& s, const PlanProduct& p, const void* rows, flo
       });
 }
 
+// f(a value of the plan's type)
+template <class F>
+inline void typed(const PlanStep& s, F&& f) {
+  if (s.dtype == DType::kFloat32) return f(0.0f);
+  if (s.dtype == DType::kBFloat16) return f(bf16{});
+  f(fp16{});
+}
+
 void embed(const PlanStep& s) {
-  s.dtype == DType::kFloat32 ? embed_rows<float>(s) : embed_rows<bf16>(s);
+  typed(s, [&](auto type) { embed_rows<decltype(type)>(s); });
 }
 void norm(const PlanStep& s, const PlanNorm& n, void* to) {
-  if (s.dtype == DType::kFloat32) {
-    float* y = static_cast<float*>(to);
-    return s.centred ? norm_rows<true>(s, n, y) : norm_rows<false>(s, n, y);
-  }
-  bf16* y = static_cast<bf16*>(to);
-  s.centred ? norm_rows<true>(s, n, y) : norm_rows<false>(s, n, y);
+  typed(s, [&](auto type) {
+    auto* y = static_cast<decltype(type)*>(to);
+    s.centred ? norm_rows<true>(s, n, y) : norm_rows<false>(s, n, y);
+  });
 }
 void project(const PlanStep& s, const PlanLayer& layer, const void* rows, int64_t begin,
              int64_t end) {
-  if (s.dtype == DType::kFloat32) return project_heads<float>(s, layer, rows, begin, end);
-  project_heads<bf16>(s, layer, rows, begin, end);
+  typed(s, [&](auto type) { project_heads<decltype(type)>(s, layer, rows, begin, end); });
 }
 void add(const PlanStep& s, const PlanProduct& p, const void* rows, int64_t begin, int64_t end) {
-  if (s.dtype == DType::kFloat32) return add_units<float>(s, p, rows, begin, end);
-  add_units<bf16>(s, p, rows, begin, end);
+  typed(s, [&](auto type) { add_units<decltype(type)>(s, p, rows, begin, end); });
 }
 template <Activation kAct>
 void hidden_of(const PlanStep& s, const PlanLayer& layer, const void* rows, void* to, int64_t begin,
                int64_t end) {
-  if (s.dtype == DType::kFloat32) {
-    return hidden_units<kAct>(s, layer, rows, static_cast<float*>(to), begin, end);
-  }
-  hidden_units<kAct>(s, layer, rows, static_cast<bf16*>(to), begin, end);
+  typed(s, [&](auto type) {
+    hidden_units<kAct>(s, layer, rows, static_cast<decltype(type)*>(to), begin, end);
+  });
 }
 void hidden(const PlanStep& s, const PlanLayer& layer, const void* rows, void* to, int64_t begin,
             int64_t end) {
@@ -309,10 +312,9 @@ void hidden(const PlanStep& s, const PlanLayer& layer, const void* rows, void* t
 }
 void logits(const PlanStep& s, const PlanProduct& p, const void* rows, float* to, int64_t limit,
             float* largest, int64_t* at, int64_t begin, int64_t end) {
-  if (s.dtype == DType::kFloat32) {
-    return logits_units<float>(s, p, rows, to, limit, largest, at, begin, end);
-  }
-  logits_units<bf16>(s, p, rows, to, limit, largest, at, begin, end);
+  typed(s, [&](auto type) {
+    logits_units<decltype(type)>(s, p, rows, to, limit, largest, at, begin, end);
+  });
 }
 
 FASTLM_EXPORT(DecodePlanKernels, decode_plan) = {embed, norm, project, add, hidden, logits};

@@ -60,7 +60,7 @@ inline std::unique_ptr<DecodePlan> make_decode_plan(const pybind11::dict& sizes,
   const auto real = [&](const char* name) { return pybind11::cast<float>(sizes[name]); };
   PlanModel model;
   PlanStep& s = model.step;
-  s.dtype = whole("bf16") != 0 ? DType::kBFloat16 : DType::kFloat32;
+  s.dtype = static_cast<DType>(whole("dtype"));
   s.batch = whole("batch");
   s.one_sequence = whole("one_sequence") != 0;
   s.hidden = whole("hidden");

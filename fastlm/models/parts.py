@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastlm.models.decoder import Decoder
 
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/common/dtype.h
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def unfit(parts: Parts) -> list[str]:
     """What about the weights is not as the config says, or not as a plan reads them."""
     dtype = parts.dtype
     if dtype not in DTYPES:
-        return [f"takes float32, bfloat16, not {str(dtype).removeprefix('torch.')}"]
+        return [f"takes float32, bfloat16, float16, not {str(dtype).removeprefix('torch.')}"]
     for name, tensor, shape in _tensors(parts):
         if tensor is None:
             if name.endswith("norm.weight"):

@@ -55,7 +55,7 @@ def unsupported(model: Decoder, cache: KVCache) -> list[str]:
     if weight.device.type != "cpu":
         return [f"serves cpu tensors, not {weight.device.type}"]
     if weight.dtype not in parts.DTYPES:
-        return [f"takes float32, bfloat16, not {str(weight.dtype).removeprefix('torch.')}"]
+        return [f"takes float32, bfloat16, float16, not {str(weight.dtype).removeprefix('torch.')}"]
     if torch.is_autocast_enabled("cpu"):
         return ["autocast is on"]
     config = model.config
@@ -148,7 +148,7 @@ class BoundPlan:
             *self._product(made_of.head),
         ]
         sizes = {
-            "bf16": made_of.dtype == torch.bfloat16,
+            "dtype": parts.DTYPES.index(made_of.dtype),
             "batch": batch,
             "one_sequence": one_sequence,
             "hidden": c.hidden,

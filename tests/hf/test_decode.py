@@ -13,6 +13,7 @@ import fastlm
 from fastlm import _ext
 from fastlm.hf import decode
 from fastlm.hf.patch import suspended
+from fastlm.models.parts import DTYPES
 from fastlm.models.plan import STEM
 from fastlm.ops._registry import recording, use_backend
 
@@ -74,7 +75,7 @@ def follow(model, steps=4, mask=None):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_steps_are_as_accurate_as_the_models_own(name, dtype):
     model = plain(name, dtype)
     theirs, exact = follow(model), exactly(follow, model)
@@ -429,7 +430,7 @@ def test_it_comes_off_and_copies_have_their_own(tmp_path):
     assert text(torch.load(tmp_path / "whole.pt", weights_only=False)) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_verify_covers_it(dtype, monkeypatch):
     model = plain(dtype=dtype)
     name = "logits of single tokens (decode_plan)"

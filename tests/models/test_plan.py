@@ -11,7 +11,7 @@ import torch
 
 import fastlm
 from fastlm import _ext, nn
-from fastlm.models import Decoder, plan
+from fastlm.models import Decoder, parts, plan
 from fastlm.models.plan import DecodePlan, NextLogits, unsupported
 from fastlm.models.step import make_step
 from fastlm.ops._registry import recording, use_backend
@@ -75,11 +75,12 @@ def follow_modules(model: Decoder, prompts: list[int], steps: int, seed: int = 0
     return torch.stack(found)
 
 
+DTYPES = parts.DTYPES
 PROMPTS = {"one": [7], "unequal": [3, 11, 1], "full": [2] * 16, "long": [300, 129]}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prompts", PROMPTS)
 def test_logits_are_as_near_to_float64_as_the_modules(shape, dtype, prompts):
     model = make(shape, dtype)
@@ -108,7 +109,7 @@ def test_greedy_text_is_the_modules(shape, prompt, monkeypatch):
     assert model.generate(prompt, 24, eos=(), temperature=0.7, top_k=20) == drawn
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_threads(dtype):
     model = make("llama", dtype, hidden=512, heads=8, head_dim=64, intermediate=1536, vocab=5000)
     before = torch.get_num_threads()
@@ -219,7 +220,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prompts", ["one", "unequal"])
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
 def test_integer_weights(kind, dtype, prompts, shape):
@@ -270,7 +271,7 @@ def test_it_says_what_it_cannot_do():
     model = make("llama")
     assert reasons(model) == ""
     assert "takes up to 16 sequences, not 17" in reasons(model, 17)
-    assert "takes float32, bfloat16, not float64" in reasons(make("llama", torch.float64))
+    assert "takes float32, bfloat16, float16, not float64" in reasons(make("llama", torch.float64))
     assert "heads of up to 256, not 258" in reasons(make("llama", head_dim=258))
     with use_backend("reference"):
         assert reasons(model) == "reference is forced"
