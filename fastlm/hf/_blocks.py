@@ -102,7 +102,7 @@ class Blocks:
         """Width of the hidden states, rotation tables, a tensor on the device."""
         for child in module.modules():
             weight = getattr(child, "weight", None)
-            if isinstance(weight, nn.Parameter):
+            if isinstance(weight, nn.Parameter) and weight.dim() <= 2:  # more: of several experts
                 width = child.in_features if isinstance(child, nn.Linear) else weight.shape[0]
                 sizes = [getattr(m, "head_dim", None) for m in module.modules()]
                 head = next((s for s in sizes if isinstance(s, int)), None)

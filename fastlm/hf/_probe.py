@@ -157,6 +157,8 @@ def arguments_for(
     signature = list(inspect.signature(forward).parameters.values())[1:]
     known: dict[str, Any] = {"position_ids": torch.arange(TOKENS, device=like.device)[None]}
     known["alibi"] = None  # without; what adds it is exercised by the model as a whole
+    for seed, name in enumerate(("q", "k", "v"), 13):  # projected apart
+        known[name] = random((batch, TOKENS, width), seed, like)
     if tables is not None:
         known["position_embeddings"] = tables
     keywords = {}

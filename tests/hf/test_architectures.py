@@ -14,7 +14,7 @@ from tools.architectures import ROWS, small
 
 # What a patch of the architecture brings in at least; where nothing is said: everything.
 FULL = {"attention", "linear", "cross_entropy", "linear_cross_entropy"}
-WITHOUT_ATTENTION = {"bloom", "ctrl", "jetmoe", "mpt", "openai-gpt", "xglm"}
+WITHOUT_ATTENTION = {"bloom", "mpt", "openai-gpt", "xglm"}
 OWN_ATTENTION = {"codegen", "falcon", "gpt_neo", "gptj"}  # nothing of transformers' interface
 
 
