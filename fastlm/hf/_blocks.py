@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from fastlm import ops
 from fastlm.hf import _probe
 from fastlm.hf._modules import Candidate, Match, add_norm, is_norm_forward
 from fastlm.hf._rewrite import CannotRewrite, Edit, Sites, find_sites, plain_forward, rewrite
+from fastlm.ops import _registry
 
 
 @dataclass
@@ -71,6 +73,13 @@ class Blocks:
                 edit.method = method
                 stems.append("attention")
                 texts.append(f"attention (in place of {sites.methods[0]})")
+        own = sites.attention or sites.sdpa or sites.methods
+        if sites.products and not own and "attention" in self.wanted:
+            from fastlm.hf import _scores
+
+            edit.product, edit.released = _scores.product, _scores.released
+            stems.append("attention")
+            texts.append("attention (in place of its products and softmax)")
         if "rope" in self.wanted:
             for name in set(sites.rope):
                 rope = self._rope(plain_forward(cls).__globals__[name])
@@ -85,17 +94,27 @@ class Blocks:
             edit.add_norm, edit.norms = add_norm, frozenset(norms)
             stems.append("add_norm")
             texts.append(f"residual add in {', '.join(norms)}")
+        edit.told = frozenset(n for n in sites.untold if _waits(module._modules.get(n)))
+        if edit.told:
+            stems.append("told")
+            texts.append(f"output_attentions to {', '.join(edit.told)}")
         if not stems:
             return kept, None
         try:
             function = self._rewritten(cls, edit)
             eager = getattr(getattr(module, "config", None), "_attn_implementation", "") == "eager"
-            eager = eager or edit.method is not None  # which adds its mask to the scores
-            calls = _probe.arguments_for(function, *self._input(module), additive=eager)
+            written_out = edit.method is not None or edit.product is not None
+            eager = eager or written_out  # which adds its mask to the scores
+            form = "hides" if sites.hides else "additive" if eager else "seen"
+            width, tables, like = self._input(module)
+            biases = _biases(module, like, edit.product is not None)
+            calls = _probe.arguments_for(function, width, tables, like, form, biases)
+            if edit.product is not None:
+                _confirm_attention(module, function, calls)
         except (CannotRewrite, _probe.Mismatch) as e:
             return kept, str(e)
         # eager attention also returns its weights, which fastlm's never makes
-        first = eager and (edit.attention is not None or edit.method is not None)
+        first = eager and (edit.attention is not None or written_out)
         return kept, Candidate(tuple(stems), ", ".join(texts), function, calls, first)
 
     def _input(self, module: nn.Module) -> tuple[int, Any, Tensor]:
@@ -111,6 +130,7 @@ class Blocks:
 
     def _rewritten(self, cls: type, edit: Edit) -> Callable[..., Any]:
         key = (cls, edit.attention, *edit.rope.items(), edit.norms, edit.sdpa, edit.method)
+        key = (*key, edit.product, edit.told)
         if key not in self._made:
             original = plain_forward(cls)
             function = rewrite(original, edit)
@@ -125,6 +145,46 @@ class Blocks:
         if function not in self._ropes:
             self._ropes[function] = match_rope(function)
         return self._ropes[function]
+
+
+def _waits(child: Any) -> bool:
+    """Whether a child puts its scores off and looks for output_attentions in its keywords."""
+    forward = inspect.unwrap(_own_forward(child) or _waits)
+    if "_fastlm_product" not in forward.__code__.co_freevars:
+        return False
+    parameters = inspect.signature(forward).parameters.values()
+    named = any(p.name == "output_attentions" for p in parameters)
+    return not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _own_forward(child: Any) -> Any:
+    return getattr(getattr(child, "__dict__", {}).get("forward"), "__func__", None)
+
+
+def _biases(module: nn.Module, like: Tensor, own: bool) -> dict[str, Tensor]:
+    """Biases of the scores for a trial run; alibi, which some can do without, where `own`."""
+    found = (getattr(module, name, None) for name in ("num_heads", "n_heads"))
+    heads = next((n for n in found if isinstance(n, int)), None)
+    if heads is None:
+        return {}
+    made = {"position_bias": _probe.random((heads, 1, _probe.TOKENS), 17, like)}
+    if own:  # which takes batch and heads as one
+        made["alibi"] = made["position_bias"].repeat(_probe.BATCH, 1, 1)
+    return made
+
+
+def _confirm_attention(module: nn.Module, function: Any, calls: _probe.Calls) -> None:
+    """Raises Mismatch unless a forward with its product put off comes to the kernel every time."""
+    values = _probe.parameters(module)
+    for arguments, keywords in calls:
+        with _registry.recording() as verdicts:
+            try:
+                _probe.run(module, function, values, arguments, keywords)
+            except Exception as e:
+                text = f"the trial run failed: {type(e).__name__}: {str(e)[:120]}"
+                raise _probe.Mismatch(text) from e
+        if not {"attention", "decode_attention"} & {v.stem for v in verdicts}:
+            raise _probe.Mismatch("between the products of its attention is a step not known here")
 
 
 def _child(module: nn.Module, name: str) -> Any:

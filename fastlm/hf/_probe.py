@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 BAR = 1e-4  # of the root mean square
-TOKENS = 6  # in a trial run over hidden states
+BATCH, TOKENS = 2, 6  # in a trial run over hidden states
 
 Forward = Callable[..., Any]
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]  # arguments of one trial run each
@@ -145,20 +145,27 @@ def unwatched(module: nn.Module) -> Iterator[None]:
 
 
 def arguments_for(
-    forward: Forward, width: int, tables: Any, like: Tensor, additive: bool = False
+    forward: Forward,
+    width: int,
+    tables: Any,
+    like: Tensor,
+    mask_form: str = "seen",
+    biases: dict[str, Tensor] | None = None,
 ) -> Calls:
-    """Calls for a forward over hidden states [2, 6, width]: without a mask, and with one.
+    """Calls for a forward over hidden states [BATCH, TOKENS, width]: without a mask, and with one.
 
     tables: what the model's rotary embedding makes for six positions, or None.
-    The mask is bool, or additive as transformers makes it for eager attention. Raises Mismatch
-    when the forward asks for an argument whose meaning is not known here.
+    mask_form: "seen" (bool), "hides" (bool, the other way) or "additive", as transformers makes it
+    for eager attention. biases: of the scores, by the names of the arguments that take them.
+    Raises Mismatch when the forward asks for an argument whose meaning is not known here.
     """
-    batch = 2
+    batch = BATCH
     signature = list(inspect.signature(forward).parameters.values())[1:]
     known: dict[str, Any] = {"position_ids": torch.arange(TOKENS, device=like.device)[None]}
     known["alibi"] = None  # without; what adds it is exercised by the model as a whole
-    for seed, name in enumerate(("q", "k", "v"), 13):  # projected apart
+    for seed, name in enumerate(("q", "k", "v", "residual"), 13):  # apart from hidden_states
         known[name] = random((batch, TOKENS, width), seed, like)
+    known |= biases or {}
     if tables is not None:
         known["position_embeddings"] = tables
     keywords = {}
@@ -176,7 +183,9 @@ def arguments_for(
     mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool, device=like.device).tril()
     mask = mask.repeat(batch, 1, 1, 1)
     mask[0, :, 2:, 0] = False  # one padded key
-    if additive:
+    if mask_form == "hides":
+        mask = ~mask
+    if mask_form == "additive":
         lowest = torch.finfo(torch.float32).min
         mask = torch.zeros(mask.shape, device=like.device).masked_fill(~mask, lowest)
     calls.append(((hidden,), {**keywords, "attention_mask": mask}))

@@ -21,6 +21,7 @@ import torch
 
 _ATTENTION, _ROPE, _ADD_NORM = "_fastlm_attention", "_fastlm_rope", "_fastlm_add_norm"
 _SDPA, _METHOD = "_fastlm_sdpa", "_fastlm_method"
+_PRODUCT, _RELEASED = "_fastlm_product", "_fastlm_released"
 
 
 class CannotRewrite(Exception):
@@ -36,6 +37,9 @@ class Sites:
     add_norm: tuple[str, ...] = ()  # attributes holding norms that follow an addition
     sdpa: int = 0  # direct calls of PyTorch's attention
     methods: tuple[str, ...] = ()  # methods of (query, key, value, attention_mask) that are called
+    products: int = 0  # products before a softmax that has others after it
+    hides: bool = False  # its attention_mask says what is not seen
+    untold: tuple[str, ...] = ()  # children that are called without its output_attentions
 
 
 @dataclass
@@ -49,6 +53,10 @@ class Edit:
     sdpa: Callable[..., Any] | None = None  # with the arguments of PyTorch's
     # (module, its method, output_attentions, arguments of the method) -> what the method returns
     method: Callable[..., Any] | None = None
+    # (module, output_attentions, function, its arguments) -> the product, or what stands for it
+    product: Callable[..., Any] | None = None
+    released: Callable[..., Any] | None = None  # of what is returned, beside product
+    told: frozenset[str] = frozenset()  # the children that are to get output_attentions
 
 
 def plain_forward(cls: type) -> FunctionType:
@@ -67,18 +75,21 @@ def plain_forward(cls: type) -> FunctionType:
 def find_sites(function: FunctionType) -> Sites:
     """Looks for what could be exchanged in a forward."""
     tree = _parse(function)
-    finder = _Editor(function, None)
+    finder = _Editor(function, None, tree)
     finder.visit(tree)
     rope, norms, methods = map(tuple, (finder.rope, finder.add_norm, finder.methods))
-    return Sites(finder.attention, rope, norms, finder.sdpa, methods)
+    found = finder.attention, rope, norms, finder.sdpa, methods, len(finder.products)
+    hides = "masked_fill(attention_mask" in ast.unparse(tree)
+    return Sites(*found, hides, tuple(finder.untold))
 
 
 def rewrite(function: FunctionType, edit: Edit) -> FunctionType:
     """The function with the sites exchanged."""
     tree = _parse(function)
-    tree = ast.fix_missing_locations(_Editor(function, edit).visit(tree))
+    tree = ast.fix_missing_locations(_Editor(function, edit, tree).visit(tree))
     helpers: dict[str, Any] = {_ATTENTION: edit.attention, _ADD_NORM: edit.add_norm}
     helpers |= {_SDPA: edit.sdpa, _METHOD: edit.method}
+    helpers |= {_PRODUCT: edit.product, _RELEASED: edit.released}
     helpers |= {f"{_ROPE}_{name}": rope for name, rope in edit.rope.items()}
     factory = ast.parse(f"def factory({', '.join(helpers)}):\n    return None")
     body = factory.body[0]
@@ -128,7 +139,7 @@ def _parse(function: FunctionType) -> ast.FunctionDef:
 class _Editor(ast.NodeTransformer):
     """Counts the sites; exchanges those that an edit names."""
 
-    def __init__(self, function: FunctionType, edit: Edit | None):
+    def __init__(self, function: FunctionType, edit: Edit | None, tree: ast.FunctionDef):
         self.globals = function.__globals__
         self.edit = edit or Edit()
         self.attention = 0
@@ -137,10 +148,21 @@ class _Editor(ast.NodeTransformer):
         self.sdpa = 0
         self.methods: list[str] = []
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
-        self.asks = "output_attentions" if "output_attentions" in names else "None"
+        rest = f"{tree.args.kwarg.arg}.get('output_attentions')" if tree.args.kwarg else "None"
+        self.asks = "output_attentions" if "output_attentions" in names else rest
+        self.products = self._before_softmax(tree)
+        self.untold: list[str] = []
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
+        if node in self.products:
+            return node if self.edit.product is None else self._handed_over(node, _PRODUCT)
+        if self._is_untold(node):
+            assert isinstance(node.func, ast.Attribute)
+            self.untold.append(node.func.attr)
+            if node.func.attr in self.edit.told:
+                value = ast.copy_location(ast.Name(self.asks, ast.Load()), node)
+                node.keywords.append(ast.keyword(self.asks, value))
         if self._is_sdpa(node.func):
             self.sdpa += 1
             if self.edit.sdpa is not None:
@@ -148,14 +170,7 @@ class _Editor(ast.NodeTransformer):
             return node
         if self._is_method(node):
             self.methods.append(ast.unparse(node.func).removeprefix("self."))
-            if self.edit.method is not None:
-                extra = ast.parse(
-                    f"(self, {ast.unparse(node.func)}, {self.asks})", mode="eval"
-                ).body
-                assert isinstance(extra, ast.Tuple)
-                node.args = [*extra.elts, *node.args]
-                node.func = ast.copy_location(ast.Name(_METHOD, ast.Load()), node.func)
-            return node
+            return node if self.edit.method is None else self._handed_over(node, _METHOD)
         if ast.unparse(node.func) == "ALL_ATTENTION_FUNCTIONS.get_interface":
             return self._interface(node)
         if isinstance(node.func, ast.Name) and self._rotates(node.func.id):
@@ -164,6 +179,45 @@ class _Editor(ast.NodeTransformer):
             if name in self.edit.rope:
                 node.func = ast.copy_location(ast.Name(f"{_ROPE}_{name}", ast.Load()), node.func)
         return node
+
+    def _is_untold(self, node: ast.Call) -> bool:
+        """self.child(...) without output_attentions, which the forward itself has."""
+        func = node.func
+        return (
+            self.asks == "output_attentions"
+            and isinstance(func, ast.Attribute)
+            and ast.unparse(func.value) == "self"
+            and all(k.arg not in (None, self.asks) for k in node.keywords)
+        )
+
+    def _handed_over(self, node: ast.Call, helper: str) -> ast.Call:
+        """function(...) as helper(self, whether weights are asked for, function, ...)."""
+        extra = ast.parse(f"(self, {ast.unparse(node.func)}, {self.asks})", mode="eval").body
+        assert isinstance(extra, ast.Tuple)
+        node.args = [*extra.elts, *node.args]
+        node.func = ast.copy_location(ast.Name(helper, ast.Load()), node.func)
+        return node
+
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        self.generic_visit(node)
+        if self.edit.product is not None and node.value is not None:
+            call = ast.Call(ast.Name(_RELEASED, ast.Load()), [node.value], [])
+            node.value = ast.copy_location(call, node.value)
+        return node
+
+    def _before_softmax(self, tree: ast.FunctionDef) -> list[ast.Call]:
+        """Products of a forward that come before its softmax, where others come after."""
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+        names = [ast.unparse(c.func).split(".") for c in calls]
+        softmax = [c.lineno for c, n in zip(calls, names, strict=True) if n[-1] == "softmax"]
+        products = [
+            c
+            for c, n in zip(calls, names, strict=True)
+            if n in (["torch", "matmul"], ["torch", "bmm"]) or n[-1] == "baddbmm"
+        ]
+        if not softmax or all(c.lineno < max(softmax) for c in products):
+            return []
+        return [c for c in products if c.lineno < min(softmax)]
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         self.generic_visit(node)

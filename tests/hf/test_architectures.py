@@ -14,8 +14,9 @@ from tools.architectures import ROWS, small
 
 # What a patch of the architecture brings in at least; where nothing is said: everything.
 FULL = {"attention", "linear", "cross_entropy", "linear_cross_entropy"}
-WITHOUT_ATTENTION = {"bloom", "mpt", "openai-gpt", "xglm"}
-OWN_ATTENTION = {"codegen", "falcon", "gpt_neo", "gptj"}  # nothing of transformers' interface
+WITHOUT_ATTENTION = {"openai-gpt"}
+# nothing of transformers' interface
+OWN_ATTENTION = {"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "xglm"}
 
 
 def logits(model, ids):

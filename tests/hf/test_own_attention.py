@@ -17,6 +17,7 @@ from tools.architectures import small
 IDS = torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
 MASK[0, :5] = 0
+NAMES = ["bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "xglm"]
 
 
 def logits(model, **kw):
@@ -24,7 +25,7 @@ def logits(model, **kw):
         return model(IDS, attention_mask=MASK, **kw).logits[MASK.bool()]
 
 
-@pytest.mark.parametrize("name", ["codegen", "falcon", "gpt_neo", "gptj"])
+@pytest.mark.parametrize("name", NAMES)
 def test_padding_windows_and_caches(name):
     model = small(name)
     expected, exact = logits(model), exactly(logits, model)
@@ -36,7 +37,7 @@ def test_padding_windows_and_caches(name):
         assert torch.equal(model.generate(IDS, **options), tokens)
 
 
-@pytest.mark.parametrize("name", ["codegen", "falcon", "gpt_neo", "gptj"])
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_for_those_who_ask(name):
     model = small(name)
     if name == "falcon":
