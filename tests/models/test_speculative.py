@@ -8,6 +8,7 @@ import torch
 from fastlm import _ext
 from fastlm.hf import tokenizer
 from fastlm.models import Config, Decoder, plan
+from fastlm.models.parts import DTYPES
 from fastlm.models.plan import DecodePlan
 from fastlm.models.speculative import DraftModel, PromptLookup, check_vocabulary
 from fastlm.ops._registry import use_backend
@@ -62,7 +63,7 @@ DRAWS = {
 
 @needs_plan
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "int8", "int4"], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8", "int4"], ids=str)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_the_text_is_that_of_ordinary_decoding(shape, dtype, draw):
     if isinstance(dtype, str):
@@ -101,7 +102,7 @@ def test_stories_are_the_same_and_repeated_text_is_guessed(stories):
     model, text = Decoder.from_pretrained(stories), tokenizer.load(stories)
     story = "Once upon a time there was a little girl named Lily. "
     prompt = text.encode(story * 3)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         model.to(dtype)
         plain = model.generate(prompt, 200)
         for drafter in (PromptLookup(), PromptLookup(1, 15), DraftModel(model, 5)):
@@ -114,7 +115,7 @@ def test_stories_are_the_same_and_repeated_text_is_guessed(stories):
 @needs_plan
 @pytest.mark.parametrize("past", [3, 254, 511])
 @pytest.mark.parametrize("rows", [2, 5, 16])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
 def test_a_pass_over_rows_of_a_sequence_has_the_bits_of_single_steps(past, rows, kind):
     # 1100 and 33: products in several blocks, panels with a tail
     sizes = {"max_positions": 600, "intermediate": 1100, "vocab": 203}
@@ -126,7 +127,7 @@ def test_a_pass_over_rows_of_a_sequence_has_the_bits_of_single_steps(past, rows,
 
 
 @needs_plan
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_so_it_is_where_weights_come_from_memory(dtype):
     # over 24 MiB; 2056: a row in several blocks; 1111 and 6203: panels with a tail
     sizes = {"vocab": 6203, "hidden": 2056, "head_dim": 22, "intermediate": 1111, "layers": 1}
