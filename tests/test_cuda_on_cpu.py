@@ -70,7 +70,7 @@ def test_activation(tmp_path):
 
 def test_rope(tmp_path):
     folder = emulated("rope", tmp_path)
-    which = "matches or order_of_memory or rest_is_copied or empty or in_a_batch"
+    which = "matches or order_of_memory or rest_is_copied or empty or in_a_batch or overwrites"
     own_tests("rope", folder, f"{which} or names_the_argument", half=False)
 
 

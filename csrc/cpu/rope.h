@@ -4,7 +4,8 @@
 //            neighbours: the tables of a tile's tokens are first laid out in fp32 as C and S such
 //            that y = x C + swapped(x) S, for all heads of the tile
 // Tile       heads x tokens, walked in the order in which x lies in memory
-// Traffic    reads x once, writes y; the tables come from the cache for all heads but the first
+// Traffic    reads x once, writes y; the tables come from the cache for all heads but the first.
+//            y may be x: a vector of pairs is read before it is written
 // Numerics   fp32, one rounding to the output
 // Source     arXiv:2104.09864, equation 34
 #include "cpu/rope_rows.h"
@@ -38,7 +39,7 @@ void rotate_tiles(const RopeArgs& a, int64_t begin, int64_t end) {
         rotate_halves(from, to, cos + t * a.cos_token, sin + t * a.sin_token, a.rotary / 2,
                       a.full_width ? a.rotary / 2 : 0, a.transposed);
       }
-      if (rest != 0) memcpy(to + a.rotary, from + a.rotary, rest);
+      if (rest != 0 && to != from) memcpy(to + a.rotary, from + a.rotary, rest);
     };
     if (a.x_head < a.x_token) {
       for (int64_t t = 0; t < tokens; ++t) {

@@ -5,7 +5,8 @@
 //            four heads, whose loads are on their way together; q and k in one launch
 // Tile       a block covers four heads of as many tokens as 256 vectors of pairs make; unaligned
 //            rows go pair by pair
-// Traffic    reads x once, writes y; the tables once per four heads, mostly from the caches
+// Traffic    reads x once, writes y; the tables once per four heads, mostly from the caches.
+//            y may be x: a thread writes what it alone has read
 // Numerics   fp32, one rounding to the output
 // Source     arXiv:2104.09864, equation 34
 #include "ops/rope.h"

@@ -8,7 +8,7 @@ namespace fastlm {
 // rest is copied. `transposed`: y1 = x1 cos1 + x2 sin2, y2 = x2 cos2 - x1 sin1, the backward.
 struct RopeArgs {
   const void* x;  // [batch, heads, tokens, head_dim], strides in elements, the last one 1
-  void* y;        // like x, its own strides
+  void* y;        // like x, its own strides; or x itself, with the same
   int64_t x_batch, x_head, x_token;
   int64_t y_batch, y_head, y_token;
   const void *cos, *sin;                               // [batch, tokens, rotary or rotary / 2]

@@ -22,6 +22,30 @@ inline Tensor empty_in_order(const Tensor& x) {
   return empty_in_order(x, aoti_torch_device_type_cpu(), 0);
 }
 
+// Checks that x may be overwritten: its last dimension is dense and no element stands twice.
+inline void check_own_elements(const Tensor& x) {
+  bool own = x.dim() > 0 && (x.size(-1) <= 1 || x.stride(-1) == 1);
+  for (int64_t d = 0; d < x.dim(); ++d) own = own && (x.size(d) <= 1 || x.stride(d) != 0);
+  STD_TORCH_CHECK(own, "rope_: x is expanded, or its last dimension is not dense");
+}
+
+// Checks that q and k are two tensors of one form.
+inline void check_two(const Tensor& q, const Tensor& k) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && q.size(0) == k.size(0) &&
+                      q.size(2) == k.size(2) && q.size(3) == k.size(3) &&
+                      q.scalar_type() == k.scalar_type(),
+                  "rope: q and k do not fit each other");
+}
+
+// Checks that q and k may be overwritten, each by itself.
+inline void check_own_elements(const Tensor& q, const Tensor& k) {
+  check_two(q, k);
+  check_own_elements(q);
+  check_own_elements(k);
+  STD_TORCH_CHECK(q.numel() == 0 || k.numel() == 0 || q.const_data_ptr() != k.const_data_ptr(),
+                  "rope_: k lies where q does");
+}
+
 // Checks that the tensors fit, the last dimension of each being dense, and describes them. The
 // tiles are left to the caller.
 inline RopeArgs rope_arguments(const Tensor& x, const Tensor& y, const Tensor& cos,

@@ -11,7 +11,7 @@ from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.quantized_linear import quantize_weight, quantized_linear
 from fastlm.ops.rms_norm import rms_norm
-from fastlm.ops.rope import rope
+from fastlm.ops.rope import rope, rope_
 from fastlm.ops.rope_append import rope_append
 from fastlm.ops.sample import sample
 from fastlm.reference import QuantizedWeight
@@ -32,6 +32,7 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rope",
+    "rope_",
     "rope_append",
     "sample",
     "use_backend",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
@@ -106,8 +107,34 @@ _rope_single = define(
     _rope_single_fake,
 )
 
+
+def _in_place_single_fake(
+    x: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool
+) -> None:
+    for name, table in (("cos", cos), ("sin", sin)):
+        _checks.same_device("rope_", name, table, x)
+
+
+def _in_place_fake(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool
+) -> None:
+    _checks.same_device("rope_", "k", k, q)
+    _in_place_single_fake(q, cos, sin, rotary, interleaved)
+
+
+_rope_in_place = define(
+    "rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, int rotary, bool interleaved) -> ()",
+    _in_place_fake,
+)
+_rope_single_in_place = define(
+    "rope_single_(Tensor(a!) x, Tensor cos, Tensor sin, int rotary, bool interleaved) -> ()",
+    _in_place_single_fake,
+)
+
 _ROPE = by_backend("rope", _rope)
 _ROPE_SINGLE = by_backend("rope", _rope_single)
+_ROPE_IN_PLACE = by_backend("rope", _rope_in_place)
+_ROPE_SINGLE_IN_PLACE = by_backend("rope", _rope_single_in_place)
 
 
 class _Rope(torch.autograd.Function):
@@ -214,6 +241,70 @@ def rope(
     return run(q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary)
 
 
+def rope_(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`fastlm.ops.rope` in place: q and k are overwritten, nothing is allocated.
+
+    The results are those of `rope`, bit for bit; only the first R elements of a head are written.
+    Where the last dimension is not dense the rotation is made apart and copied.
+
+    Args:
+        q: [B, Hq, T, D], any strides without elements that share memory; as in `rope`.
+        k: [B, Hkv, T, D] of q's dtype, apart from q, or None.
+        cos: as in `rope`.
+        sin: like cos.
+        interleaved: as in `rope`.
+        rotary_dim: as in `rope`.
+
+    Returns:
+        (q, k), the same tensors.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout that does not fit; nothing is written then.
+        TypeError: an argument that is no floating-point tensor.
+        RuntimeError: a gradient is wanted: what is written in place has none.
+
+    Numerics and source are those of `rope`.
+
+    >>> x, quarter_turn = torch.tensor([[[[1.0, 0.0]]]]), (torch.zeros(1, 1), torch.ones(1, 1))
+    >>> rope_(x, None, *quarter_turn)[0] is x, x
+    (True, tensor([[[[0., 1.]]]]))
+    """
+    try:
+        if needs_grad(q, k, cos, sin):
+            raise RuntimeError(
+                "rope_: no argument may require a gradient, for q and k are overwritten;"
+                " call it in torch.no_grad(), or fastlm.ops.rope"
+            )
+        rotary = reference.rotated_width(q.shape[-1], cos.shape[-1], rotary_dim)
+        key = (q.is_cpu or q.device, q.dtype, cos.dtype, rotary, False)
+        backend = _chosen.get(key) or _choose(key, q, k, interleaved, False)
+        dense = q.stride(-1) == 1 and (k is None or k.stride(-1) == 1)
+        if backend in _ROPE and dense:  # the binding checks the arguments
+            if k is None:
+                _ROPE_SINGLE_IN_PLACE[backend](q, cos, sin, rotary, interleaved)
+            else:
+                _ROPE_IN_PLACE[backend](q, k, cos, sin, rotary, interleaved)
+            if torch.is_grad_enabled() and not is_dynamo_compiling():
+                increment_version([x for x in (q, k) if x is not None and not x.is_inference()])
+            return q, k
+    except Exception:
+        _check(q, k, cos, sin, rotary_dim, "rope_")  # names the argument at fault
+        _check_own_elements(q, k)
+        raise
+    _check(q, k, cos, sin, rotary_dim, "rope_")
+    _check_own_elements(q, k)
+    y, z = rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary)
+    return q.copy_(y), None if k is None or z is None else k.copy_(z)
+
+
 _chosen = memory()
 
 
@@ -230,32 +321,56 @@ def _choose(
     return settle("rope", _chosen, key, q, sizes, **facts)
 
 
-def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    rotary_dim: int | None,
+    op: str = "rope",
+) -> None:
     """Checks one argument after another, to name the one that is wrong."""
-    _checks.floating("rope", "q", q)
-    _checks.rank("rope", "q", q, 4)
+    _checks.floating(op, "q", q)
+    _checks.rank(op, "q", q, 4)
     batch, _, tokens, head = q.shape
     if k is not None:
-        _checks.floating("rope", "k", k)
-        _checks.rank("rope", "k", k, 4)
-        _checks.shape("rope", "k", k, (batch, k.shape[1], tokens, head))
-        _checks.same_dtype("rope", "k", k, q)
-        _checks.same_device("rope", "k", k, q)
-    _checks.floating("rope", "cos", cos)
-    _checks.rank("rope", "cos", cos, 2, 3)
+        _checks.floating(op, "k", k)
+        _checks.rank(op, "k", k, 4)
+        _checks.shape(op, "k", k, (batch, k.shape[1], tokens, head))
+        _checks.same_dtype(op, "k", k, q)
+        _checks.same_device(op, "k", k, q)
+    _checks.floating(op, "cos", cos)
+    _checks.rank(op, "cos", cos, 2, 3)
     width = cos.shape[-1]
     leading = (
         (tokens,) if cos.dim() == 2 else (cos.shape[0] if cos.shape[0] == 1 else batch, tokens)
     )
-    _checks.shape("rope", "cos", cos, (*leading, width))
+    _checks.shape(op, "cos", cos, (*leading, width))
     if cos.dtype not in (q.dtype, torch.float32):
-        raise _checks.fail("rope", "cos", f"{q.dtype} or torch.float32", cos.dtype)
-    _checks.same_device("rope", "cos", cos, q)
-    _checks.floating("rope", "sin", sin)
-    _checks.shape("rope", "sin", sin, cos.shape)
-    _checks.same_dtype("rope", "sin", sin, cos)
-    _checks.same_device("rope", "sin", sin, q)
-    check_width("rope", head, width, rotary_dim)
+        raise _checks.fail(op, "cos", f"{q.dtype} or torch.float32", cos.dtype)
+    _checks.same_device(op, "cos", cos, q)
+    _checks.floating(op, "sin", sin)
+    _checks.shape(op, "sin", sin, cos.shape)
+    _checks.same_dtype(op, "sin", sin, cos)
+    _checks.same_device(op, "sin", sin, q)
+    check_width(op, head, width, rotary_dim)
+
+
+def _check_own_elements(q: Tensor, k: Tensor | None) -> None:
+    """Checks that q and k can be overwritten, each by itself."""
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and any(
+            n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True)
+        ):
+            layout = f"strides {list(x.stride())}"
+            raise _checks.fail("rope_", name, "without elements that share memory", layout)
+    if (
+        k is not None
+        and not is_dynamo_compiling()
+        and q.numel()
+        and 0 != q.data_ptr() == k.data_ptr()
+    ):
+        raise _checks.fail("rope_", "k", "apart from q", "the same memory")
 
 
 def check_width(op: str, head: int, width: int, rotary_dim: int | None) -> None:

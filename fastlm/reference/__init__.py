@@ -12,7 +12,7 @@ from fastlm.reference.linear_cross_entropy import (
 from fastlm.reference.quantized_linear import quantize_weight, quantized_linear
 from fastlm.reference.quantized_weight import QuantizedWeight
 from fastlm.reference.rms_norm import rms_norm
-from fastlm.reference.rope import rope, rotated_width
+from fastlm.reference.rope import rope, rope_, rotated_width
 from fastlm.reference.rope_append import rope_append
 from fastlm.reference.sample import probabilities, sample
 
@@ -33,6 +33,7 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rope",
+    "rope_",
     "rope_append",
     "rotated_width",
     "sample",

@@ -22,6 +22,20 @@ def rope(
     return y, None if k is None else _rotate(k, cos, sin, rotary, interleaved)
 
 
+def rope_(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """rope, whose results take the place of q and k."""
+    y, z = rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim)
+    return q.copy_(y), None if k is None or z is None else k.copy_(z)
+
+
 def rotated_width(head: int, table: int, rotary_dim: int | None) -> int:
     """How many of `head` elements tables of a width rotate: tables hold R or R / 2 angles."""
     if rotary_dim is not None:

@@ -6,7 +6,8 @@ Computes   y1 = x1 cos1 - x2 sin1, y2 = x2 cos2 + x1 sin2 for the pairs of the f
 Algorithm  one program per token and block of heads, of q or of k; the token's angles stay in
            registers for all its heads
 Tile       [heads x pairs]: both halves of a head, or neighbours split in registers
-Traffic    reads and writes q and k once, and the tables once a block of heads
+Traffic    reads and writes q and k once, over themselves where asked to, and the tables once
+           a block of heads
 Numerics   fp32 inside, one rounding to the element type
 Source     arXiv:2104.09864
 """
@@ -59,6 +60,7 @@ def _turn(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
     """Some heads of one token of q or k."""
     cos1, cos2 = _angles(cos, half, FULL, INTERLEAVED, HALF)
@@ -82,6 +84,8 @@ def _turn(
     else:
         y1 = x1 * cos1 - x2 * sin1
         y2 = x2 * cos2 + x1 * sin2
+    if IN_PLACE:
+        tl.debug_barrier()  # several threads may hold an element: all read before one writes
     if INTERLEAVED:
         tl.store(y + col, tl.reshape(tl.join(y1, y2), [HEADS, 2 * HALF]), mask=inside)
     else:
@@ -128,6 +132,7 @@ def _rotate(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
@@ -153,6 +158,7 @@ def _rotate(
             HEADS,
             HALF,
             REST,
+            IN_PLACE,
         )
     elif k is not None:
         _turn(
@@ -172,6 +178,7 @@ def _rotate(
             HEADS,
             HALF,
             REST,
+            IN_PLACE,
         )
 
 
@@ -195,11 +202,16 @@ def _launch(
     sin: Tensor,
     rotary: int,
     interleaved: bool,
-    transposed: bool,
+    transposed: bool = False,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     if not _fits(q, k, cos, sin, rotary):
         raise RuntimeError("rope: the arguments do not fit each other")
-    q_out, k_out = _in_order(q), None if k is None else _in_order(k)
+    if in_place:
+        _check_own_elements(q, k)
+        q_out, k_out = q, k
+    else:
+        q_out, k_out = _in_order(q), None if k is None else _in_order(k)
     batch, q_heads, tokens, head_dim = q.shape
     q, cos, sin = _unit(q), _unit(cos), _unit(sin)
     k_heads = 0
@@ -239,7 +251,8 @@ def _launch(
         TRANSPOSED=transposed,
         HEADS=heads,
         HALF=pairs,
-        REST=power_of_two(rest) if rest else 0,
+        REST=power_of_two(rest) if rest and not in_place else 0,
+        IN_PLACE=in_place,
     )
     return q_out, k_out
 
@@ -269,6 +282,17 @@ def _fits(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary: int) ->
     )
 
 
+def _check_own_elements(q: Tensor, k: Tensor | None) -> None:
+    """Checks that q and k may be overwritten, each by itself."""
+    for x in (q,) if k is None else (q, k):
+        dense = x.shape[-1] <= 1 or x.stride(-1) == 1
+        shared = any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True))
+        if shared or not dense:
+            raise RuntimeError("rope_: x is expanded, or its last dimension is not dense")
+    if k is not None and q.numel() and k.numel() and 0 != q.data_ptr() == k.data_ptr():
+        raise RuntimeError("rope_: k lies where q does")
+
+
 def rope(
     q: Tensor,
     k: Tensor,
@@ -289,6 +313,16 @@ def rope_single(
     return _launch(x, None, cos, sin, rotary, interleaved, transposed)[0]
 
 
+def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool) -> None:
+    """The operator of this name."""
+    _launch(q, k, cos, sin, rotary, interleaved, in_place=True)
+
+
+def rope_single_(x: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool) -> None:
+    """The operator of this name."""
+    _launch(x, None, cos, sin, rotary, interleaved, in_place=True)
+
+
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls whose kernels are compiled ahead of time."""
     for name, head, width in (("", 128, 128), (" partial", 80, 32)):
@@ -298,4 +332,6 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
         for kind, interleaved in (("", False), (" interleaved", True)):
             call = partial(rope, q, k, table, table, width, interleaved, False)
             yield f"rope{name}{kind}", call
+            call = partial(_launch, q, k, table, table, width, interleaved, in_place=True)
+            yield f"rope{name}{kind} in place", call
     yield "rope backward", partial(rope, q, k, table, table, width, False, True)

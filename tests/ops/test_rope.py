@@ -179,6 +179,107 @@ def test_opcheck(transposed):
     torch.library.opcheck(torch.ops.fastlm.rope.default, (q, k, cos, sin, 8, True, transposed))
 
 
+def layouts(x):
+    """x [B, H, T, D] in the layouts that are written where they lie, and one that is not."""
+    batch, heads, tokens, size = x.shape
+    packed = torch.randn(batch, tokens, heads, 3 * size, dtype=x.dtype)[..., size : 2 * size]
+    yield x.clone()
+    yield x.transpose(1, 2).contiguous().transpose(1, 2)
+    yield packed.transpose(1, 2).copy_(x)
+    yield x.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("backend", ops.implementations("rope"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+@pytest.mark.parametrize("width", WIDTHS[1:4], ids=str)
+def test_overwrites_q_and_k_with_the_bits_of_rope(backend, dtype, interleaved, width):
+    head, w, rotary_dim = width
+    q, k = torch.randn(2, 9, 7, head, dtype=dtype), torch.randn(2, 2, 7, head, dtype=dtype)
+    (cos, sin), form = tables(2, 7, w), {"interleaved": interleaved, "rotary_dim": rotary_dim}
+    with ops.use_backend(backend):
+        expected = ops.rope(q, k, cos, sin, **form)
+        for x, y in zip(layouts(q), layouts(k), strict=True):
+            for second in (y, None):
+                first = x.clone(memory_format=torch.preserve_format)
+                got = ops.rope_(first, second, cos, sin, **form)
+                assert got[0] is first and got[1] is second
+                assert torch.equal(first, expected[0])
+            assert torch.equal(y, expected[1])
+        for x in layouts(q):  # where it lies, and only there
+            around, before = x._base, None if x._base is None else x._base.clone()
+            assert torch.equal(ops.rope_(x, None, cos, sin, **form)[0], expected[0])
+            if around is not None and around.shape[-1] == 3 * head:
+                assert torch.equal(around[..., :head], before[..., :head])
+                assert torch.equal(around[..., 2 * head :], before[..., 2 * head :])
+
+
+def test_overwrites_parts_of_one_tensor_and_says_so_to_autograd():
+    qkv, (cos, sin) = torch.randn(2, 5, 6, 16), tables(5, 16)
+    q, k = qkv[:, :, :4].transpose(1, 2), qkv[:, :, 4:5].transpose(1, 2)
+    expected, version, values = ops.rope(q, k, cos, sin), qkv._version, qkv[:, :, 5].clone()
+    ops.rope_(q, k, cos, sin)
+    assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
+    assert torch.equal(qkv[:, :, 5], values)
+    assert qkv._version > version
+    weight = torch.ones(1, requires_grad=True)
+    loss = (weight * q).sum()  # keeps q
+    ops.rope_(q, None, cos, sin)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        inside = torch.randn(1, 1, 5, 16)
+        assert ops.rope_(inside, None, cos, sin)[0] is inside
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 8), (2, 0, 3, 8), (2, 2, 0, 8)], ids=str)
+def test_overwrites_nothing_where_there_is_nothing(shape):
+    q, k = torch.empty(shape), torch.empty(shape[0], 1, *shape[2:])
+    assert ops.rope_(q, k, *tables(shape[2], 8)) == (q, k)
+
+
+@pytest.mark.skipif("cpu" not in ops.implementations("rope"), reason="no native kernels")
+def test_in_place_opcheck_and_fullgraph():
+    (cos, sin), checks = (
+        tables(3, 4),
+        ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"],
+    )
+    q, k = torch.randn(2, 3, 4, 8).transpose(1, 2), torch.randn(2, 1, 3, 8)
+    own = torch.ops.fastlm
+    torch.library.opcheck(own.rope_.default, (q, k, cos, sin, 8, True), test_utils=checks)
+    torch.library.opcheck(own.rope_single_.default, (q, cos, sin, 8, False), test_utils=checks)
+
+    def f(qkv):
+        q, k = qkv[:, :, :3].transpose(1, 2), qkv[:, :, 3:4].transpose(1, 2)
+        ops.rope_(q, k, cos, sin)
+        return ops.rope_(q * 2, None, cos, sin)[0] + 1, k
+
+    plain = torch.randn(2, 3, 5, 8)
+    compiled = plain.clone()
+    got, expected = torch.compile(f, fullgraph=True)(compiled), f(plain)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(compiled, plain)
+
+
+@pytest.mark.parametrize("backend", ops.implementations("rope"))
+def test_in_place_refuses_before_it_writes(backend):
+    q, k, table = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.ones(3, 8)
+    before, leaf = (q.clone(), k.clone()), torch.ones(3, 8, requires_grad=True)
+    cases = [
+        ((q.requires_grad_(), k, table, table), RuntimeError, "rope_: no argument may require a"),
+        ((q.detach(), k, leaf, leaf), RuntimeError, "rope_: no argument may require a gradient"),
+        ((q.detach(), k[:1], table, table), ValueError, r"rope_: k must be \[2, 2, 3, 8\], got"),
+        ((q.detach(), k, table[:2], table[:2]), ValueError, r"rope_: cos must be \[3, 8\]"),
+        ((q.detach(), q.detach(), table, table), ValueError, "rope_: k must be apart from q"),
+        ((q[:1].detach().expand(2, -1, -1, -1), k, table, table), ValueError, "rope_: q must be w"),
+        ((q.detach(), k[:, :1].expand(2, 4, 3, 8), table, table), ValueError, "rope_: k must be w"),
+    ]
+    for args, error, text in cases:
+        with ops.use_backend(backend), pytest.raises(error, match=text):
+            ops.rope_(*args)
+    assert torch.equal(q, before[0]) and torch.equal(k, before[1])
+
+
 X = torch.ones(2, 4, 3, 8)
 K = torch.ones(2, 2, 3, 8)
 TABLE = torch.ones(3, 8)

@@ -7,6 +7,7 @@ import torch
 
 from fastlm import ops, reference
 from fastlm.testing import check
+from tests.ops import test_rope as row
 from tests.ops.test_rope import baseline, tables
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -66,3 +67,22 @@ def test_empty_and_bad_input():
     ):
         with pytest.raises(ValueError, match=f"rope: {name} must be"):
             ops.rope(q, k, *tables_)
+
+
+@pytest.mark.parametrize("width", WIDTHS[1:4], ids=str)
+def test_in_place(width):
+    for dtype, interleaved in zip(DTYPES, (False, True, False), strict=True):
+        row.test_overwrites_q_and_k_with_the_bits_of_rope("triton", dtype, interleaved, width)
+
+
+def test_in_place_refusals_and_opcheck():
+    row.test_in_place_refuses_before_it_writes("triton")
+    row.test_overwrites_parts_of_one_tensor_and_says_so_to_autograd()
+    q, k = torch.randn(2, 3, 4, 8).transpose(1, 2), torch.randn(2, 1, 3, 8)
+    cos, sin = tables(3, 4)
+    checks, own = ["test_schema", "test_faketensor"], torch.ops.fastlm
+    torch.library.opcheck(own.rope_.triton, (q, k, cos, sin, 8, True), test_utils=checks)
+    torch.library.opcheck(own.rope_single_.triton, (q, cos, sin, 8, False), test_utils=checks)
+    for wrong in (q[:1].expand(2, 4, 3, 8), q.mT.contiguous().mT):
+        with pytest.raises(RuntimeError, match="rope_: x is expanded, or its last dimension"):
+            own.rope_single_.triton(wrong, cos, sin, 8, False)

@@ -27,10 +27,8 @@ Tensor rope_single(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, int
 std::tuple<Tensor, Tensor> rope(const Tensor& q_, const Tensor& k_, const Tensor& cos_,
                                 const Tensor& sin_, int64_t rotary, bool interleaved,
                                 bool transposed) {
-  STD_TORCH_CHECK(q_.dim() == 4 && k_.dim() == 4 && q_.size(0) == k_.size(0) &&
-                      q_.size(2) == k_.size(2) && q_.size(3) == k_.size(3) &&
-                      q_.scalar_type() == k_.scalar_type() && cuda::same_place(k_, q_),
-                  "rope: q and k do not fit each other");
+  check_two(q_, k_);
+  STD_TORCH_CHECK(cuda::same_place(k_, q_), "rope: q and k do not fit each other");
   check_place(q_, cos_, sin_);
   const cuda::OnDevice device(q_);
   const Tensor q = unit_stride(q_), k = unit_stride(k_);
@@ -43,11 +41,35 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q_, const Tensor& k_, const Tensor
   return {y, z};
 }
 
+void rope_single_in_place(const Tensor& x, const Tensor& cos_, const Tensor& sin_, int64_t rotary,
+                          bool interleaved) {
+  check_own_elements(x);
+  check_place(x, cos_, sin_);
+  const cuda::OnDevice device(x);
+  const Tensor cos = unit_stride(cos_), sin = unit_stride(sin_);
+  const RopeArgs args = rope_arguments(x, x, cos, sin, rotary, interleaved, false);
+  cuda::check(cuda::rope(&args, 1, device.stream()), "rope_");
+}
+
+void rope_in_place(const Tensor& q, const Tensor& k, const Tensor& cos_, const Tensor& sin_,
+                   int64_t rotary, bool interleaved) {
+  check_own_elements(q, k);
+  STD_TORCH_CHECK(cuda::same_place(k, q), "rope: q and k do not fit each other");
+  check_place(q, cos_, sin_);
+  const cuda::OnDevice device(q);
+  const Tensor cos = unit_stride(cos_), sin = unit_stride(sin_);
+  const RopeArgs args[] = {rope_arguments(q, q, cos, sin, rotary, interleaved, false),
+                           rope_arguments(k, k, cos, sin, rotary, interleaved, false)};
+  cuda::check(cuda::rope(args, 2, device.stream()), "rope_");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, m) {
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("rope_single", TORCH_BOX(&rope_single));
+  m.impl("rope_", TORCH_BOX(&rope_in_place));
+  m.impl("rope_single_", TORCH_BOX(&rope_single_in_place));
 }
 
 }  // namespace fastlm
