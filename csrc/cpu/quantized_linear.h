@@ -15,7 +15,8 @@
 //            arXiv:2306.11975
 #include "cpu/gemm.h"
 constexpr int kVectors = static_cast<int>(kQuantizedPanel) / kLanes;  // of a panel's outputs
-constexpr int64_t kAhead = 3072;       // bytes of weights asked for ahead of their use
+constexpr int64_t kAhead = 6144;       // bytes of values asked for ahead of their use, and
+constexpr int64_t kGroupsAhead = 32;   // groups' scales; both to L2, where more may be on its way
 constexpr int kTop3 = 20, kTop4 = 27;  // bits of the fixed point in three and four digits
 
 template <QuantizedForm form>
@@ -187,6 +188,10 @@ void tile(const QuantizedLinearForward& a, int64_t row, int64_t panel,
     for (int v = 0; v < kCount; ++v) sums[r][v] = zero();
   }
   for (int64_t g = 0; g < groups; ++g) {
+    __builtin_prefetch(scale[0] + kGroupsAhead * kQuantizedPanel, 0, 2);
+    if constexpr (form == QuantizedForm::kInt4Minimum) {
+      __builtin_prefetch(minimum[0] + kGroupsAhead * kQuantizedPanel, 0, 2);
+    }
     for (int64_t b = 0; b < a.group; b += kQuantizedBlock) {
       VecI acc[kRows][kCount][kDigits];
 #pragma GCC unroll 4
@@ -203,7 +208,7 @@ void tile(const QuantizedLinearForward& a, int64_t row, int64_t panel,
         VecI low[kCount], high[kCount];
 #pragma GCC unroll 4
         for (int v = 0; v < kCount; ++v) {
-          __builtin_prefetch(w[v] + kAhead, 0, 3);
+          __builtin_prefetch(w[v] + kAhead, 0, 2);
           const VecI bytes = load_bytes(w[v]);
           w[v] += 4 * kQuantizedPanel;
           low[v] = kQuads == 1 ? flip_bytes(bytes, 128) : and_bytes(bytes, 15);
