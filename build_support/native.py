@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MIN_TORCH = "2.11"
 ABI_TARGET = "0x020b000000000000"  # libtorch stable ABI of torch 2.11
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
+# Whose intermediate code (PTX) an architecture takes: the kernels' is the same text, made once.
+PTX_OF = {"86": "80", "89": "80", "100a": "100", "120": "100"}
 NVCC_FLAGS = "-std=c++20 -O3 -lineinfo -Werror all-warnings"
 
 # Compiler flags per instruction set; csrc/cpu/isa.cpp lists the same names, worst first.
@@ -99,10 +101,16 @@ def cuda_arch_flags() -> list[str]:
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS).replace(" ", ";")
     for arch in filter(None, wanted.split(";")):
         number = arch.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        flags.append(cuda_code(number))
         if arch.endswith("+PTX"):
-            flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
+            ptx = PTX_OF.get(number, number)
+            flags.append(f"-gencode arch=compute_{ptx},code=compute_{ptx}")
     return flags
+
+
+def cuda_code(number: str) -> str:
+    """nvcc's flag for the machine code of one architecture, 90a."""
+    return f"-gencode arch=compute_{PTX_OF.get(number, number)},code=sm_{number}"
 
 
 def use_cuda(torch_cuda: str | None, cuda: Path | None) -> bool:

@@ -97,11 +97,13 @@ def test_impossible_cuda_is_refused(monkeypatch, wanted, text):
 
 
 def test_cuda_architectures(monkeypatch):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a+PTX")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a+PTX;12.0+PTX")
     assert native.cuda_arch_flags() == [
-        "-gencode arch=compute_80,code=sm_80",
+        "-gencode arch=compute_80,code=sm_86",
         "-gencode arch=compute_90a,code=sm_90a",
         "-gencode arch=compute_90a,code=compute_90a",
+        "-gencode arch=compute_100,code=sm_120",
+        "-gencode arch=compute_100,code=compute_100",
     ]
 
 

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,49 +54,55 @@ def cuobjdump() -> Path | None:
 
 def compile_all(only: str = "") -> dict[str, dict[str, Kernels]]:
     """{stem: {architecture: {kernel: facts}}}."""
-    tasks = [(stem, arch) for stem in stems(only) for arch in ARCHS]
+    groups: dict[str, list[str]] = {}  # by the intermediate code they share
+    for arch in ARCHS:
+        groups.setdefault(native.PTX_OF.get(arch, arch), []).append(arch)
+    tasks = [(stem, tuple(archs)) for stem in stems(only) for archs in groups.values()]
+    longest = sorted(tasks, key=lambda task: -len(read().get(task[0], {})) * len(task[1]))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        made = list(pool.map(lambda task: compile_one(*task), tasks))
+        made = dict(zip(longest, pool.map(lambda task: compile_one(*task), longest), strict=True))
     found: dict[str, dict[str, Kernels]] = {}
-    for (stem, arch), kernels in zip(tasks, made, strict=True):
-        found.setdefault(stem, {})[arch] = kernels
+    for stem, archs in tasks:
+        found.setdefault(stem, {}).update(made[stem, archs])
     return found
 
 
-def compile_one(stem: str, arch: str) -> Kernels:
-    """The kernels of one file for one architecture; RuntimeError where it does not compile."""
+def compile_one(stem: str, archs: tuple[str, ...]) -> dict[str, Kernels]:
+    """A file's kernels for architectures of one intermediate code; RuntimeError if it does not."""
     cuda = native.find_cuda()
     if cuda is None:
         raise RuntimeError("no nvcc here")
     source = ROOT / f"csrc/cuda/{stem}.cu"
-    counted = sorted(COUNTED.items())
-    digest = hashlib.sha256(f"{arch} {native.NVCC_FLAGS} {cuobjdump()} {counted}".encode())
-    for file in (*_sources(source), cuda / "version.json"):
+    flags = native.NVCC_FLAGS.split() + [
+        word for arch in archs for word in native.cuda_code(arch).split()
+    ]
+    digest = hashlib.sha256(f"{flags} {cuobjdump()}".encode())
+    for file in (*_sources(source), cuda / "version.json", Path(__file__)):
         digest.update(file.read_bytes() if file.exists() else b"")
-    kept = CACHE / f"{stem}.{arch}.{digest.hexdigest()[:16]}.json"
+    name = f"{stem}.{'-'.join(archs)}"
+    kept = CACHE / f"{name}.{digest.hexdigest()[:16]}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        command = [str(cuda / "bin/nvcc"), *native.NVCC_FLAGS.split(), "--resource-usage"]
-        command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}", "-cubin", "-o", str(cubin)]
-        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(source)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        binary = Path(folder) / "kernels.fatbin"
+        command = [str(cuda / "bin/nvcc"), *flags, "--resource-usage"]
+        command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}", "-fatbin", "-o", str(binary)]
+        done = subprocess.run([*command, str(source)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"{stem} for sm_{arch}:\n{done.stdout}{done.stderr}")
-        kernels = _resources(done.stdout + done.stderr)
+            raise RuntimeError(f"{stem} for sm_{archs}:\n{done.stdout}{done.stderr}")
+        found = _resources(done.stdout + done.stderr)
         dump = cuobjdump()
         if dump is not None:
-            sass = subprocess.run([dump, "-sass", cubin], capture_output=True, text=True)
-            _instructions(sass.stdout, kernels)
-    kernels = dict(sorted(zip(_readable(list(kernels)), kernels.values(), strict=True)))
+            sass = subprocess.run([dump, "-sass", binary], capture_output=True, text=True)
+            _instructions(sass.stdout, found)
+    made = {arch: _named(found[arch]) for arch in archs}
     CACHE.mkdir(parents=True, exist_ok=True)
-    for old in CACHE.glob(f"{stem}.{arch}.*"):
+    for old in CACHE.glob(f"{name}.*"):
         old.unlink(missing_ok=True)
     fresh = kept.with_suffix(f".{os.getpid()}")  # others may compile the same at this moment
-    fresh.write_text(json.dumps(kernels))
+    fresh.write_text(json.dumps(made))
     fresh.replace(kept)
-    return kernels
+    return made
 
 
 def _sources(file: Path) -> list[Path]:
@@ -108,36 +115,49 @@ def _sources(file: Path) -> list[Path]:
     return found
 
 
-def _resources(said: str) -> Kernels:
-    """What ptxas reports of each entry function, by mangled name."""
+def _resources(said: str) -> dict[str, Kernels]:
+    """What ptxas reports of each entry function, by architecture and mangled name."""
     entry = re.compile(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'"
+        r".*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
         re.S,
     )
-    return {
-        name: {
+    found: dict[str, Kernels] = {}
+    for name, arch, stores, loads, registers, shared in entry.findall(said):
+        found.setdefault(arch, {})[name] = {
             "registers": int(registers),
             "spilled": int(stores) + int(loads),
             "shared": int(shared or 0),
         }
-        for name, stores, loads, registers, shared in entry.findall(said)
-    }
+    return found
 
 
-COUNTED = {  # what a kernel's disassembly is searched for
-    "wide_loads": r"\bLDG?\.\S*(128|256)",
-    "wide_stores": r"\bSTG?\.\S*(128|256)",
-    "local": r"\b(LDL|STL)\b",
-    "tensor_core": r"\b(HMMA|HGMMA|IMMA|UTC\w*MMA)\b",
+COUNTED = {  # which instructions of a kernel's disassembly are counted
+    "wide_loads": r"LDG?\.\S*(128|256)",
+    "wide_stores": r"STG?\.\S*(128|256)",
+    "local": r"(LDL|STL)\b",
+    "tensor_core": r"(HMMA|HGMMA|IMMA|UTC\w*MMA)\b",
 }
+OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(\S+)", re.M)
 
 
-def _instructions(sass: str, kernels: Kernels) -> None:
-    for part in re.split(r"\n\s*Function : ", sass)[1:]:
-        name, _, body = part.partition("\n")
+def _instructions(sass: str, found: dict[str, Kernels]) -> None:
+    arch = ""
+    for part in re.split(r"\n(?=\s*Function : |arch = sm_)", sass):
+        head, _, body = part.strip().partition("\n")
+        if head.startswith("arch = sm_"):
+            arch = head.removeprefix("arch = sm_").strip()
+        if not head.startswith("Function : "):
+            continue
+        opcodes = Counter(OPCODE.findall(body))
+        facts = found[arch][head.removeprefix("Function : ").strip()]
         for what, pattern in COUNTED.items():
-            kernels[name.strip()][what] = len(re.findall(pattern, body))
+            facts[what] = sum(n for code, n in opcodes.items() if re.match(pattern, code))
+
+
+def _named(kernels: Kernels) -> Kernels:
+    return dict(sorted(zip(_readable(list(kernels)), kernels.values(), strict=True)))
 
 
 def _readable(names: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 // Algorithm  one pass; the derivative and the value come from the same exponential
 // Tile       a block of 256 threads covers 2 * 256 vectors of 16 bytes of one row; where no input
 //            has gaps between its rows everything is one row; rows that are not aligned go element
-//            by element
+//            by element, and look up their function at run time
 // Traffic    reads each input and writes each output once
 // Numerics   fp32, one rounding; the sigmoid from e^-|x|, so that neither tail cancels; Phi by erfc
 // Source     arXiv:1606.08415 (gelu, silu), arXiv:2109.08668 (relu2), arXiv:2002.05202 (gated)
@@ -56,6 +56,25 @@ __device__ inline float activate(float x, float* slope) {
   return r * r;
 }
 
+// activate, or the function asked for at run time.
+constexpr auto kAsked = static_cast<Activation>(-1);
+template <Activation kAct>
+__device__ inline float activate(Activation asked, float x, float* slope) {
+  if constexpr (kAct != kAsked) return activate<kAct>(x, slope);
+  switch (asked) {
+    case Activation::kSilu:
+      return activate<Activation::kSilu>(x, slope);
+    case Activation::kGelu:
+      return activate<Activation::kGelu>(x, slope);
+    case Activation::kGeluTanh:
+      return activate<Activation::kGeluTanh>(x, slope);
+    case Activation::kRelu:
+      return activate<Activation::kRelu>(x, slope);
+    default:
+      return activate<Activation::kRelu2>(x, slope);
+  }
+}
+
 // The columns of this thread: f(row, column, elements) for whole vectors, then for single elements.
 template <int kVec, class F>
 __device__ inline void for_columns(int64_t cols, int64_t blocks_per_row, F&& f) {
@@ -82,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     if constexpr (kGated) up.load(static_cast<const T*>(a.up) + row * a.up_stride + i);
 #pragma unroll
     for (int k = 0; k < kN; ++k) {
-      float slope, y = activate<kAct>(x[k], &slope);
+      float slope, y = activate<kAct>(a.act, x[k], &slope);
       if constexpr (kGated) y *= up[k];
       x.set(k, y);
     }
@@ -102,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
     for (int k = 0; k < kN; ++k) {
       float slope;
-      const float y = activate<kAct>(x[k], &slope), grad = g[k];
+      const float y = activate<kAct>(a.act, x[k], &slope), grad = g[k];
       if constexpr (kGated) {
         x.set(k, grad * slope * up[k]);
         up.set(k, grad * y);
@@ -127,26 +146,30 @@ void launch(const Args& a, cudaStream_t stream) {
   }
 }
 
-template <class T, int kVec, bool kGated, class Args>
-int with_kind(const Args& a, cudaStream_t stream) {
+template <class T, bool kGated, class Args>
+void with_kind(const Args& a, cudaStream_t stream) {
+  constexpr int kVec = kVector<T>;
   switch (a.act) {
     case Activation::kSilu:
-      launch<Args, T, kVec, kGated, Activation::kSilu>(a, stream);
-      break;
+      return launch<Args, T, kVec, kGated, Activation::kSilu>(a, stream);
     case Activation::kGelu:
-      launch<Args, T, kVec, kGated, Activation::kGelu>(a, stream);
-      break;
+      return launch<Args, T, kVec, kGated, Activation::kGelu>(a, stream);
     case Activation::kGeluTanh:
-      launch<Args, T, kVec, kGated, Activation::kGeluTanh>(a, stream);
-      break;
+      return launch<Args, T, kVec, kGated, Activation::kGeluTanh>(a, stream);
     case Activation::kRelu:
-      launch<Args, T, kVec, kGated, Activation::kRelu>(a, stream);
-      break;
+      return launch<Args, T, kVec, kGated, Activation::kRelu>(a, stream);
     case Activation::kRelu2:
-      launch<Args, T, kVec, kGated, Activation::kRelu2>(a, stream);
-      break;
-    default:
-      return cudaErrorInvalidValue;
+      return launch<Args, T, kVec, kGated, Activation::kRelu2>(a, stream);
+  }
+}
+
+template <class T, bool kGated, class Args>
+int with_form(const Args& a, bool aligned, cudaStream_t stream) {
+  if (a.act < Activation::kSilu || a.act > Activation::kRelu2) return cudaErrorInvalidValue;
+  if (aligned) {
+    with_kind<T, kGated>(a, stream);
+  } else {
+    launch<Args, T, 1, kGated, kAsked>(a, stream);
   }
   return cudaGetLastError();
 }
@@ -159,10 +182,8 @@ int with_vector(const Args& a, bool pointers, cudaStream_t stream) {
     strides |= a.dx_stride | (a.up == nullptr ? 0 : a.dup_stride);
   }
   const bool aligned = pointers && (a.rows == 1 || strides % kVec == 0);
-  if (a.up == nullptr) {
-    return aligned ? with_kind<T, kVec, false>(a, stream) : with_kind<T, 1, false>(a, stream);
-  }
-  return aligned ? with_kind<T, kVec, true>(a, stream) : with_kind<T, 1, true>(a, stream);
+  return a.up == nullptr ? with_form<T, false>(a, aligned, stream)
+                         : with_form<T, true>(a, aligned, stream);
 }
 
 template <class Args>

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ float tops[kWarps * kRows];
   __shared__ float totals[kWarps * kRows];
   const Work w = work_of(a, l);
-  if (w.from >= w.last) return finish_empty<T>(a, l, w);
+  if (w.from >= w.last) return finish_empty(a, l, w);
   const int head_dim = static_cast<int>(a.head_dim), value_dim = static_cast<int>(a.value_dim);
 
   for (int at = threadIdx.x; at < kRows * kSize / 8; at += kThreads) {
@@ -266,12 +266,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   __syncthreads();
-  finish<T>(a, l, w, sums, kSize, tops, totals);
+  finish(a, l, w, sums, kSize, tops, totals);
 }
 
 // ---- fp32, and what is not aligned -------------------------------------------------------------
 
-template <class T, class C>
+template <class C>
 __global__ void __launch_bounds__(kWide, 2)
     plain_kernel(const __grid_constant__ DecodeAttentionArgs a, const __grid_constant__ Launch l) {
   constexpr int kSize = kDecodeMaxHead, kPart = 16;  // elements and keys summed apart
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kWide, 2)
   __shared__ float shrinks[kRows];
   __shared__ Row rows[kRows];
   const Work w = work_of(a, l);
-  if (w.from >= w.last) return finish_empty<T>(a, l, w);
+  if (w.from >= w.last) return finish_empty(a, l, w);
   const int head_dim = static_cast<int>(a.head_dim), value_dim = static_cast<int>(a.value_dim);
   const int t = threadIdx.x, lane = t % 32, warp = t / 32;
 
@@ -294,8 +294,8 @@ __global__ void __launch_bounds__(kWide, 2)
     float x = 0.0f;
     if (r < w.rows && t < head_dim) {
       const int64_t head = w.kv_head * (a.heads / a.kv_heads) + row / a.queries;
-      x = to_float(static_cast<const T*>(
-          a.q)[w.batch * a.q_batch + head * a.q_head + row % a.queries * a.q_row + t]);
+      const int64_t at = w.batch * a.q_batch + head * a.q_head + row % a.queries * a.q_row;
+      x = element(a.q, a.dtype, at + t);
     }
     queries[r * kSize + t] = x;
   }
@@ -395,13 +395,12 @@ __global__ void __launch_bounds__(kWide, 2)
 #pragma unroll
   for (int r = 0; r < kRows; ++r) queries[r * kSize + t] = acc[r];
   __syncthreads();
-  finish<T>(a, l, w, queries, kSize, tops, totals);
+  finish(a, l, w, queries, kSize, tops, totals);
 }
 
 // ---- the pieces --------------------------------------------------------------------------------
 
 // A block a row of queries: the result from its pieces, in ascending order.
-template <class T>
 __global__ void __launch_bounds__(kThreads)
     join_kernel(const __grid_constant__ DecodeAttentionArgs a, const __grid_constant__ Launch l) {
   __shared__ float shared[kWarps];
@@ -419,13 +418,13 @@ __global__ void __launch_bounds__(kThreads)
   if (t < pieces) factors[t] = factor;
   sum_over<kThreads>(total, shared);  // ends with a barrier
   if (a.sinks != nullptr) total[0] += weight(sink, top);
-  T* out = static_cast<T*>(a.out) + batch * a.out_batch + head * a.out_head + i * a.out_row;
+  const int64_t out = batch * a.out_batch + head * a.out_head + i * a.out_row;
   for (int d = t; d < size; d += kThreads) {
     float sum = 0.0f;
     for (int p = 0; p < pieces; ++p) {
       if (factors[p] != 0.0f) sum = fmaf(part[p * (size + 2) + d], factors[p], sum);
     }
-    from_float(sum / (total[0] == 0.0f ? 1.0f : total[0]), out + d);
+    put_element(sum / (total[0] == 0.0f ? 1.0f : total[0]), a.out, a.dtype, out + d);
   }
 }
 
@@ -462,10 +461,10 @@ int launch(const DecodeAttentionArgs& a, Launch l, cudaStream_t stream) {
   }
   if (!tensor_cores) {
     l.aligned = rows_aligned(16, sizeof(C), a.k, k, a.head_dim);
-    plain_kernel<T, C><<<grid, kWide, 0, stream>>>(a, l);
+    plain_kernel<C><<<grid, kWide, 0, stream>>>(a, l);
   }
   const auto joined = static_cast<unsigned>(rows);
-  if (l.pieces > 1) join_kernel<T><<<joined, kThreads, 0, stream>>>(a, l);
+  if (l.pieces > 1) join_kernel<<<joined, kThreads, 0, stream>>>(a, l);
   return cudaGetLastError();
 }
 

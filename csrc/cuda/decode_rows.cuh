@@ -86,6 +86,18 @@ __device__ inline void load_some(const C* p, int left, bool aligned, float (&out
   }
 }
 
+// Element i of the queries or the result, of a type known at run time.
+__device__ inline float element(const void* p, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(p)[i];
+  if (dtype == DType::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
+  return to_float(static_cast<const __half*>(p)[i]);
+}
+__device__ inline void put_element(float x, void* p, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return from_float(x, static_cast<float*>(p) + i);
+  if (dtype == DType::kBFloat16) return from_float(x, static_cast<__nv_bfloat16*>(p) + i);
+  from_float(x, static_cast<__half*>(p) + i);
+}
+
 // One row of queries.
 struct Row {
   int position;
@@ -122,7 +134,6 @@ __device__ inline float weight(float x, float top) {
 
 // Writes the rows whose sums over the keys of this piece are in shared memory: the result, or with
 // several pieces the sums, maximum and sum of weights.
-template <class T>
 __device__ inline void finish(const DecodeAttentionArgs& a, const Launch& l, const Work& w,
                               const float* sums, int stride, const float* tops,
                               const float* totals) {
@@ -144,13 +155,12 @@ __device__ inline void finish(const DecodeAttentionArgs& a, const Launch& l, con
       shrink = weight(tops[r], top);
       total = fmaf(total, shrink, weight(a.sinks[head], top));
     }
-    T* out = static_cast<T*>(a.out) + w.batch * a.out_batch + head * a.out_head + i * a.out_row;
-    from_float(sum * shrink / (total == 0.0f ? 1.0f : total), out + d);
+    const int64_t out = w.batch * a.out_batch + head * a.out_head + i * a.out_row;
+    put_element(sum * shrink / (total == 0.0f ? 1.0f : total), a.out, a.dtype, out + d);
   }
 }
 
 // A piece without a key that is seen says only so.
-template <class T>
 __device__ inline void finish_empty(const DecodeAttentionArgs& a, const Launch& l, const Work& w) {
   const int size = static_cast<int>(a.value_dim), queries = static_cast<int>(a.queries);
   if (l.pieces > 1) {
@@ -163,8 +173,8 @@ __device__ inline void finish_empty(const DecodeAttentionArgs& a, const Launch& 
   for (int at = threadIdx.x; at < w.rows * size; at += blockDim.x) {
     const int row = w.own_row + at / size;
     const int64_t head = w.kv_head * (a.heads / a.kv_heads) + row / queries;
-    T* out = static_cast<T*>(a.out) + w.batch * a.out_batch + head * a.out_head;
-    from_float(0.0f, out + row % queries * a.out_row + at % size);
+    const int64_t out = w.batch * a.out_batch + head * a.out_head + row % queries * a.out_row;
+    put_element(0.0f, a.out, a.dtype, out + at % size);
   }
 }
 
