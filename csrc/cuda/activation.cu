@@ -56,11 +56,10 @@ __device__ inline float activate(float x, float* slope) {
   return r * r;
 }
 
-// activate, or the function asked for at run time.
-constexpr auto kAsked = static_cast<Activation>(-1);
-template <Activation kAct>
+// kAct, or with kAsked the function asked for at run time.
+template <Activation kAct, bool kAsked>
 __device__ inline float activate(Activation asked, float x, float* slope) {
-  if constexpr (kAct != kAsked) return activate<kAct>(x, slope);
+  if constexpr (!kAsked) return activate<kAct>(x, slope);
   switch (asked) {
     case Activation::kSilu:
       return activate<Activation::kSilu>(x, slope);
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     if constexpr (kGated) up.load(static_cast<const T*>(a.up) + row * a.up_stride + i);
 #pragma unroll
     for (int k = 0; k < kN; ++k) {
-      float slope, y = activate<kAct>(a.act, x[k], &slope);
+      float slope, y = activate<kAct, kVec == 1>(a.act, x[k], &slope);
       if constexpr (kGated) y *= up[k];
       x.set(k, y);
     }
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
     for (int k = 0; k < kN; ++k) {
       float slope;
-      const float y = activate<kAct>(a.act, x[k], &slope), grad = g[k];
+      const float y = activate<kAct, kVec == 1>(a.act, x[k], &slope), grad = g[k];
       if constexpr (kGated) {
         x.set(k, grad * slope * up[k]);
         up.set(k, grad * y);
@@ -169,7 +168,7 @@ int with_form(const Args& a, bool aligned, cudaStream_t stream) {
   if (aligned) {
     with_kind<T, kGated>(a, stream);
   } else {
-    launch<Args, T, 1, kGated, kAsked>(a, stream);
+    launch<Args, T, 1, kGated, Activation::kSilu>(a, stream);  // whichever it is
   }
   return cudaGetLastError();
 }
