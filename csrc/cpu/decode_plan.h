@@ -14,7 +14,7 @@
 #include "cpu/norm.h"
 #include "cpu/activation_math.h"
 
-// Outputs of an integer weight at a time: pairs of its panels, and sums for all rows of the batch.
+// Outputs of an integer weight at a time: whole panels, and sums for all rows of the batch.
 constexpr int64_t kIntegerPanel = 96;
 static_assert(kPlanMaxBatch * kIntegerPanel <= kBlockX * kPanel);
 static_assert(kPlanMaxBatch <= kColumnsRows);

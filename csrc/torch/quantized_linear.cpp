@@ -78,12 +78,9 @@ void run_digits(const QuantizedLinearKernels& kernels, const QuantizedProduct& a
         q,      w.values, w.scale, w.minimum, a.bias, static_cast<char*>(a.y) + row * w.out * size,
         rows,   w.in,     w.out,   w.group,   w.out,  digits,
         w.form, w.dtype};
-    // pairs of panels are a kernel's tile
     const int64_t panels = (w.out + kQuantizedPanel - 1) / kQuantizedPanel;
-    parallel_rows((panels + 1) / 2, 2 * panel_bytes(w) * (1 + rows / 2),
-                  [&](int64_t begin, int64_t end) {
-                    kernels.forward(forward, 2 * begin, std::min(2 * end, panels));
-                  });
+    parallel_rows(panels, panel_bytes(w) * (1 + rows / 2),
+                  [&](int64_t begin, int64_t end) { kernels.forward(forward, begin, end); });
   }
 }
 
