@@ -15,6 +15,7 @@ from fastlm.hf import _probe
 from fastlm.hf._modules import Candidate, Match, add_norm, is_norm_forward
 from fastlm.hf._rewrite import CannotRewrite, Edit, Sites, find_sites, plain_forward, rewrite
 from fastlm.ops import _registry
+from fastlm.ops._library import autocasts
 
 
 @dataclass
@@ -252,7 +253,7 @@ def match_rope(function: Callable[..., Any]) -> Callable[..., Any] | str:
             or not (width == q.shape[-1] or (partial and width < q.shape[-1]))
             or q.dtype != k.dtype
             # The result would be wider than q; under autocast the product narrows it again.
-            or (cos.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type))
+            or (cos.dtype != q.dtype and not autocasts(q))
         ):
             return function(q, k, cos, sin, *args, **kwargs)
         return rotation(q, k, cos, sin)

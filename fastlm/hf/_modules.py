@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.hf import _probe
+from fastlm.ops._library import autocasts
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
@@ -208,7 +209,7 @@ def _mixes(weight: Tensor | None, x: Tensor) -> bool:
     """Whether the result would have another dtype than x: a wider weight, or autocast's rule."""
     if weight is not None and weight.dtype != x.dtype:
         return True
-    return x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)
+    return x.dtype != torch.float32 and autocasts(x)
 
 
 def _own_norm(module: nn.Module, x: Tensor, residual: Tensor | None) -> Any:

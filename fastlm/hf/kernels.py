@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.ops._library import autocasts
 
 
 class _Layer(nn.Module):
@@ -29,7 +30,7 @@ class _Layer(nn.Module):
 def _norm(self: Any, x: Tensor, offset: float) -> Tensor:
     eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
     weight = self.weight
-    mixed = x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)
+    mixed = x.dtype != torch.float32 and autocasts(x)
     if mixed or weight.dtype != x.dtype:
         return type(self).forward(self, x)  # its result has another dtype
     return ops.rms_norm(x, weight, eps, weight_offset=offset)

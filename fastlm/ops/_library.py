@@ -62,6 +62,13 @@ def direct(operator: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(operator, "_op", operator)
 
 
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x's device; PyTorch cannot be asked that of the meta device."""
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd has to record an operation on these tensors."""
     if torch.is_grad_enabled():

@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from fastlm import reference
 from fastlm.ops import _checks
 from fastlm.ops._attention_checks import check, check_options, check_packed
-from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._library import autocasts, by_backend, define, direct, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._registry import Backend, memory, native, register, settle, triton
 
@@ -302,7 +302,7 @@ def attention(
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         check_options(q, k, batch, window, softcap, alibi_slopes, sinks, mask)
         options += _given(window, softcap, alibi_slopes, sinks, mask)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if autocasts(q) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if scale is None:

@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks, _torch
-from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._library import autocasts, by_backend, define, direct, needs_grad
 from fastlm.ops._measured import power
 from fastlm.ops._registry import Backend, memory, native, plain, register, settle, triton
 from fastlm.ops.linear import autocast
@@ -141,7 +141,7 @@ def decode_attention(
     cache = q, k_cache, v_cache, lengths, block_table
     given = *cache, window, softcap, alibi_slopes, sinks, mask, k_scale, v_scale
     try:
-        if torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type):
+        if autocasts(q):
             q, k_cache, v_cache = autocast(q, k_cache, v_cache)
         size = q.shape[-1]
         grad = needs_grad(q, k_cache, v_cache, alibi_slopes, sinks, mask, k_scale, v_scale)

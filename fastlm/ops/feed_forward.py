@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import by_backend, define, needs_grad
+from fastlm.ops._library import autocasts, by_backend, define, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._product import grad_w, grad_x, own
 from fastlm.ops._registry import Backend, absent, memory, native, register, settle, triton
@@ -235,7 +235,7 @@ def feed_forward(
     tensor([[0., 0.]])
     """
     try:
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        if autocasts(x):
             x, w_in, w_out, w_gate, b_in, b_out, b_gate = autocast(
                 x, w_in, w_out, w_gate, b_in, b_out, b_gate
             )

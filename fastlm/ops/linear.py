@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import direct, needs_grad
+from fastlm.ops._library import autocasts, direct, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._product import FEW, SOME, grad_w, grad_x, own, winners
 from fastlm.ops._registry import Backend, memory, native, register, settle
@@ -90,7 +90,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     tensor([[11., 17.]])
     """
     try:
-        if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        if autocasts(x):
             x, w, bias = autocast(x, w, bias)
         key = (x.is_cpu or x.device, x.dtype, size_of(x), w.is_contiguous())
         backend = _chosen.get(key) or _choose(key, x, w, bias)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks, _torch
-from fastlm.ops._library import by_backend, define, needs_grad
+from fastlm.ops._library import autocasts, by_backend, define, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._registry import Backend, memory, native, register, settle, triton
 from fastlm.ops.cross_entropy import (
@@ -220,7 +220,7 @@ def linear_cross_entropy(
     weight and bias with the first two. Under autocast x, weight and bias are cast to its dtype.
     """
     try:
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        if autocasts(x):
             x, weight, bias = autocast(x, weight, bias)
     except AttributeError:
         _checks.tensor(_OP, "x", x)

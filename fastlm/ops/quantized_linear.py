@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks, _torch
-from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._library import autocasts, by_backend, define, direct, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._registry import (
     Backend,
@@ -215,7 +215,7 @@ def quantized_linear(
     """
     op = "quantized_linear"
     try:
-        if is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        if autocasts(x):
             x, bias = autocast(x, bias)
         int8 = _MODES[activations]
         values, scale, minimum, _, group_size, outputs = qweight
