@@ -15,7 +15,8 @@ from torch.nn.modules import module as hooks
 
 from fastlm.explain import describe
 from fastlm.hf import _probe
-from fastlm.hf.patch import collapsed, is_ours, patch, suspended
+from fastlm.hf._paths import collapsed
+from fastlm.hf.patch import is_ours, patch, suspended
 from fastlm.hf.verify import _arguments
 from fastlm.ops import _registry
 from fastlm.ops._registry import Verdict

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from fastlm.hf._modules import (
     match_linear,
     match_norm,
 )
+from fastlm.hf._paths import collapse, pattern
 from fastlm.ops import _registry
 
 STEMS = (
@@ -317,7 +317,8 @@ class _Patcher:
         else:
             self.made._install(module, "_loss_function", causal_lm_loss)
             self._note(path, module, "replaced", "cross_entropy (loss_function)", stems)
-        if fused and not is_ours(module.__dict__.get("forward")):
+        forward = module.__dict__.get("forward")
+        if fused and (not is_ours(forward) or _decodes_only(forward)):
             self._head(path, module)
 
     def _decode(self, path: str, module: Any) -> None:
@@ -344,8 +345,9 @@ class _Patcher:
     def _head(self, path: str, module: Any) -> None:
         """Its head, which may leave the making of logits to the loss."""
         head, stem = module.get_output_embeddings(), "linear_cross_entropy"
+        decodes = is_ours(module.__dict__.get("forward"))
         reason = _head.obstacle(head)
-        if not reason and _head.foreign(module):
+        if not reason and not decodes and _head.foreign(module):
             reason = "another tool has replaced its forward"
         if not reason:
             try:
@@ -359,6 +361,10 @@ class _Patcher:
             return
         ours = _head.head_forward if "linear" in self.wanted else _head.own_head_forward
         whole = _head.model_forward(type(module), self.made.logits)
+        if decodes:  # by an earlier patch
+            from fastlm.hf import decode
+
+            whole = decode.forward(type(module), whole)
         for target, forward in ((head, ours), (module, whole)):
             self.made._install(target, "forward", types.MethodType(_marked(forward), target))
         text = f"{stem} (logits: {self.made.logits})"
@@ -375,6 +381,11 @@ def _marked(forward: Callable[..., Any]) -> Any:
 def is_ours(forward: Any) -> bool:
     """Whether an instance's forward was put there by `patch`."""
     return getattr(getattr(forward, "__func__", None), "fastlm", False)
+
+
+def _decodes_only(forward: Any) -> bool:
+    """Whether a forward of ours brings a decode plan to the model's own and nothing else."""
+    return getattr(forward, "inner", None) is type(forward.__self__).forward
 
 
 def unpatch(model: nn.Module) -> int:
@@ -466,35 +477,8 @@ def _table(entries: list[Entry]) -> list[str]:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for e in entries:
         groups.setdefault((pattern(e.path), e.module, e.text), []).append(e.path)
-    rows = [(_collapse(p, paths), m, t) for (p, m, t), paths in groups.items()]
+    rows = [(collapse(p, paths), m, t) for (p, m, t), paths in groups.items()]
     if not rows:
         return []
     widths = [max(len(r[i]) for r in rows) for i in (0, 1)]
     return [f"  {p:<{widths[0]}}  {m:<{widths[1]}}  {t}".rstrip() for p, m, t in rows]
-
-
-def collapsed(paths: Iterable[str]) -> list[str]:
-    """Paths with those that differ in a layer's number drawn together, each once."""
-    groups: dict[str, list[str]] = {}
-    for path in dict.fromkeys(paths):
-        groups.setdefault(pattern(path), []).append(path)
-    return [_collapse(p, members) for p, members in groups.items()]
-
-
-def pattern(path: str) -> str:
-    """A path with its layer numbers replaced by stars."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
-
-
-def _collapse(pattern: str, paths: list[str]) -> str:
-    if not pattern:
-        return "(model)"
-    if len(paths) == 1:
-        return paths[0]
-    numbers = [[int(n) for n in re.findall(r"(?<=\.)\d+(?=\.|$)", p)] for p in paths]
-    if pattern.count("*") != 1:
-        return f"{pattern} ({len(paths)})"
-    found = sorted(n[0] for n in numbers)
-    if found == list(range(found[0], found[-1] + 1)):
-        return pattern.replace("*", f"{{{found[0]}-{found[-1]}}}")
-    return pattern.replace("*", "{" + ",".join(map(str, found)) + "}")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastlm.hf import _head, _probe
 from fastlm.hf._float64 import doubled, float64
-from fastlm.hf.patch import is_ours, patch, pattern, suspended
+from fastlm.hf._paths import pattern
+from fastlm.hf.patch import is_ours, patch, suspended
 from fastlm.ops import _registry
 from fastlm.testing import FEWEST, Error
 

@@ -337,3 +337,20 @@ def test_another_thread_is_not_touched():
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             assert type(pool.submit(model.lm_head, x).result()) is torch.Tensor
+
+
+def test_a_second_patch_adds_the_loss_to_a_decode_plan():
+    model = tiny().train()
+    plain, options = model.forward, {"max_new_tokens": 4, "do_sample": False}
+    with fastlm.patch(model, ops=["decode_plan"]):
+        first = model.forward
+        with fastlm.patch(model) as second:
+            assert not [e for e in second.entries if e.state == "kept"]
+            called, _ = stems(lambda: model(IDS, labels=IDS).loss.backward())
+            assert called.count("linear_cross_entropy") == 1
+            called, _ = stems(lambda: model.eval().generate(IDS, **options))
+            assert "decode_plan" in called
+            with fastlm.patch(model) as third:
+                assert not third._undo
+        assert model.forward == first
+    assert model.forward == plain
