@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import torch
@@ -82,10 +80,20 @@ class Kernel:
             return
         if _recorded is not None or not _CALLABLE:
             return self._plainly(grid, tensors, scalars, config, constants)
-        # every launch comes through here: loops in C, None as the address 0
-        pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        types = [None if t is None else t.dtype for t in tensors]
-        aligned = reduce(or_, pointers) & 15 == 0 or tuple([p & 15 for p in pointers])
+        # every launch comes through here: one loop for all that tensors say, None as the address 0
+        pointers: list[int] = []
+        types: list[torch.dtype | None] = []
+        bits = 0
+        for t in tensors:
+            if t is None:
+                pointers.append(0)
+                types.append(None)
+            else:
+                address = t.data_ptr()
+                bits |= address
+                pointers.append(address)
+                types.append(t.dtype)
+        aligned = bits & 15 == 0 or tuple([p & 15 for p in pointers])
         device = tensors[0].get_device()  # type: ignore[union-attr]
         key = (device, aligned, scalars, config, *types, *constants.values())
         if device != _current_device():

@@ -93,6 +93,99 @@ def test_activations_match_float64(backend, dtype, kind):
         check(by(ops), by(reference), by(reference), [x, up])
 
 
+# rows, hidden size, intermediate size: of decoding, of odd sizes, of training
+BLOCKS = [(1, 256, 704), (16, 256, 704), (65, 96, 250), (500, 512, 1408)]
+
+
+@pytest.mark.parametrize("backend", ops.implementations("feed_forward", "cuda"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+@pytest.mark.parametrize("form", ["gelu", "silu gated", "gelu_tanh biased", "relu2 gated biased"])
+def test_feed_forward_matches_float64(backend, dtype, shape, form):
+    rows, size, hidden = shape
+    kind, gated, biased = form.split()[0], "gated" in form, "biased" in form
+    inputs = [
+        randn(rows, size, dtype=dtype),
+        randn(hidden, size, dtype=dtype) / size**0.5,
+        randn(size, hidden, dtype=dtype) / hidden**0.5,
+        randn(hidden, size, dtype=dtype) / size**0.5 if gated else None,
+        *(randn(n, dtype=dtype) if biased else None for n in (hidden, size)),
+        randn(hidden, dtype=dtype) if gated and biased else None,
+    ]
+
+    def by(where):
+        def run(x, w_in, w_out, w_gate, b_in, b_out, b_gate):
+            biases = {"b_in": b_in, "b_out": b_out, "b_gate": b_gate}
+            return where.feed_forward(x, w_in, w_out, w_gate=w_gate, activation=kind, **biases)
+
+        return run
+
+    def theirs(x, w_in, w_out, w_gate, b_in, b_out, b_gate):
+        act = lambda v: reference.activation(v, kind)  # noqa: E731
+        h = F.linear(x, w_in, b_in)
+        h = act(h) if w_gate is None else act(F.linear(x, w_gate, b_gate)) * h
+        return F.linear(h, w_out, b_out)
+
+    with ops.use_backend(backend):
+        check(by(ops), theirs, by(reference), inputs)
+
+
+@pytest.mark.parametrize("backend", ops.implementations("rope", "cuda"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "head, width, heads", [(128, 64, 32), (80, 32, 5), (10, 5, 3), (256, 128, 1)]
+)
+def test_rope_in_place_gives_the_bits_of_rope(backend, dtype, interleaved, head, width, heads):
+    qkv, angle = randn(2, 700, heads + 2, head, dtype=dtype), randn(700, width)
+    q, k = qkv[:, :, :heads].transpose(1, 2), qkv[:, :, heads : heads + 1].transpose(1, 2)
+    cos, sin = angle.cos(), angle.sin()
+    with ops.use_backend(backend):
+        expected = ops.rope(q, k, cos, sin, interleaved=interleaved)
+        for _ in range(5):  # threads that raced would not do so every time
+            some = qkv.clone()
+            q, k = some[:, :, :heads].transpose(1, 2), some[:, :, heads : heads + 1].transpose(1, 2)
+            ops.rope_(q, k, cos, sin, interleaved=interleaved)
+            assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
+            assert torch.equal(some[:, :, -1], qkv[:, :, -1])
+
+
+@pytest.mark.parametrize("backend", ops.implementations("rope_append", "cuda"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("pages", [False, True], ids=["contiguous", "pages"])
+@pytest.mark.parametrize("head, width, norms", [(128, 64, False), (128, 64, True), (80, 32, True)])
+def test_rope_append_matches_float64(backend, dtype, interleaved, pages, head, width, norms):
+    batch, keys, page = 33, 512, 64
+    q = randn(batch, 2, 8, head, dtype=dtype).transpose(1, 2)
+    k, v = (randn(batch, 2, 2, head, dtype=dtype).transpose(1, 2) for _ in range(2))
+    weights = [randn(head, dtype=dtype) if norms else None for _ in range(2)]
+    angle = randn(keys, width) * 3
+    lengths = torch.randint(2, keys + 1, (batch,), device=DEVICE)
+    table, shape = None, (batch, 2, keys, head)
+    if pages:
+        table = torch.randperm(batch * keys // page, device=DEVICE).view(batch, -1).int()
+        shape = (table.numel(), 2, page, head)
+
+    def by(where):
+        def run(q, k, v, q_weight, k_weight):
+            # float64 shows exactly what the tables hold
+            cos, sin = (t.to(torch.promote_types(q.dtype, torch.float32)) for t in tables)
+            caches = [q.new_zeros(shape) for _ in range(2)]
+            y = where.rope_append(
+                q, k, v, cos, sin, *caches, lengths, block_table=table, interleaved=interleaved,
+                q_weight=q_weight, k_weight=k_weight,
+            )  # fmt: skip
+            return y, *caches
+
+        return run
+
+    tables = angle.cos(), angle.sin()
+    with ops.use_backend(backend):
+        baseline = by(reference)
+        check(by(ops), baseline, baseline, [q, k, v, *weights], gradients=False, draws=2)
+
+
 OPTIONS = [
     {},
     {"reduction": "none"},
