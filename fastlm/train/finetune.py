@@ -34,6 +34,7 @@ from fastlm.train.checkpoint import (
 )
 from fastlm.train.config import TrainConfig
 from fastlm.train.loop import Result, train
+from fastlm.train.start import refuse_integers
 
 if TYPE_CHECKING:
     from fastlm.tasks import Task
@@ -127,6 +128,7 @@ def finetune(
     if (out / "config.json").exists() and not resume:
         raise ValueError(f"{out}: holds a model already; take another directory")
     decoder = Decoder.from_pretrained(model)
+    refuse_integers(decoder, model)
     stored = decoder.embed.weight.dtype
     decoder = decoder.float()
     text = tokenizers.load(decoder.source or model)

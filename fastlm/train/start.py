@@ -13,6 +13,7 @@ from fastlm.data.shards import TokenDataset
 from fastlm.hf.weights import read_config
 from fastlm.models.config import Config
 from fastlm.models.decoder import Decoder
+from fastlm.nn import QuantizedLinear
 from fastlm.train import shapes
 from fastlm.train.checkpoint import Checkpoints, TrainingError, copy_tokenizer, resolve
 
@@ -51,6 +52,7 @@ def model(
     if init is not None:
         start = resolve(init)
         made = Decoder.from_pretrained(start)
+        refuse_integers(made, start)
         if isinstance(made.source, Path):
             _same_tokenizer(data, made, made.source)
     else:
@@ -76,6 +78,15 @@ def model(
         raise TrainingError(f"{tokenizer} cannot be written: {error.strerror}") from error
     made.source = tokenizer
     return made
+
+
+def refuse_integers(model: Decoder, path: Any) -> None:
+    """Raises TrainingError for weights in integers, which have no gradients."""
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise TrainingError(
+            f"{path}: its weights are quantized and cannot be trained; take the directory that it"
+            " was quantized from"
+        )
 
 
 def resumed(out: Path) -> Decoder | None:
