@@ -7,7 +7,6 @@ import copy
 import sys
 
 import pytest
-import small_models
 import torch
 from torch._subclasses import FakeTensorMode
 
@@ -19,6 +18,7 @@ from fastlm.models.static_step import StaticStep
 from fastlm.models.step import make_step
 from fastlm.ops._registry import recording, use_backend
 from fastlm.testing import error
+from tests.models import small_models
 
 LLAMA = {"vocab": 211, "hidden": 64, "layers": 2, "heads": 6, "kv_heads": 2, "head_dim": 32}
 GPT2 = {**small_models.GPT2, "hidden": 64, "heads": 4, "intermediate": 96}

@@ -6,7 +6,6 @@ import copy
 import threading
 
 import pytest
-import small_models
 import torch
 
 import fastlm
@@ -16,6 +15,7 @@ from fastlm.models.plan import DecodePlan, NextLogits, unsupported
 from fastlm.models.step import make_step
 from fastlm.ops._registry import recording, use_backend
 from fastlm.testing import error
+from tests.models import small_models
 
 pytestmark = pytest.mark.skipif(
     plan.STEM not in _ext.native_stems, reason="no native kernels with a plan"
