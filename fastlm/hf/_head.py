@@ -191,24 +191,40 @@ def confirm(model: Any) -> None:
     The body is replaced by a stub that returns random hidden states, a few numbers wide, and the
     head's weights by random ones of that width: what is tried is the end of the model's forward.
     """
+    leaves, labels = leaves_and_labels(model)
+
+    def read(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(self: Any, **kwargs: Any) -> list[Tensor]:
+            out = whole(self, **kwargs)
+            return [out["loss"], out["logits"]]  # while the weights are the random ones
+
+        return forward
+
+    cls = type(model)
+    sides: tuple[tuple[Any, Any, Any], ...] = (
+        (read(cls.forward), nn.Linear.forward, None),
+        (read(model_forward(cls, "auto")), own_head_forward, causal_lm_loss),
+    )
+    for options in ({}, {"num_items_in_batch": 7}):
+        results = []
+        for forwards in sides:
+            fused = _state.fused
+            results.append(trial(model, *forwards, leaves, labels, options))
+        if _state.fused == fused:
+            raise _probe.Mismatch("its forward does more with the logits than the loss")
+        _probe.agree(results[1], results[0])
+
+
+def leaves_and_labels(model: Any) -> tuple[list[Tensor], Tensor]:
+    """Random hidden states, weight and bias of the head, and labels, for a trial run."""
     head = model.get_output_embeddings()
-    name = next(n for n, m in model.named_modules() if m is head)
     like, classes = head.weight, head.weight.shape[0]
     leaves = [_probe.random((2, 6, _WIDTH), 21, like), _probe.random((classes, _WIDTH), 22, like)]
     if head.bias is not None:
         leaves.append(_probe.random((classes,), 23, like))
     labels = torch.arange(12, device=like.device).view(2, 6) * 7 % classes
     labels[0, 3] = -100
-    for options in ({}, {"num_items_in_batch": 7}):
-        results = []
-        for ours in (False, True):
-            fused = _state.fused
-            results.append(_trial(model, name, ours, leaves, labels, options))
-        if _state.fused == fused:
-            raise _probe.Mismatch("its forward does more with the logits than the loss")
-        worst = _probe.distance(results[1], results[0])
-        if not worst <= _probe.BAR:
-            raise _probe.Mismatch(f"the trial run differs by {worst:.1e} of the result")
+    return leaves, labels
 
 
 class _Body:
@@ -224,15 +240,21 @@ class _Body:
         return (self.last_hidden_state,)[k]
 
 
-def _trial(
+def trial(
     model: Any,
-    name: str,
-    ours: bool,
+    forward: Callable[..., Any],
+    head_forward: Callable[..., Any],
+    loss_function: Callable[..., Any] | None,
     leaves: list[Tensor],
     labels: Tensor,
     options: dict[str, Any],
 ) -> list[Tensor]:
-    """Loss, logits and the gradients of hidden states, weight and bias."""
+    """What the forward returns, the loss first, and the gradients of the leaves.
+
+    forward: of the model, whose body is a stub. loss_function: None for that of its class.
+    """
+    head = model.get_output_embeddings()
+    name = next(n for n, m in model.named_modules() if m is head)
     leaves = [x.clone().requires_grad_() for x in leaves]
     values = dict(zip((f"{name}.weight", f"{name}.bias"), leaves[1:], strict=False))
     parts = (m for m in model.children() if any(True for _ in m.children()))
@@ -244,29 +266,21 @@ def _trial(
 
     accepted = inspect.signature(type(model).forward).parameters
     flags = {n: False for n in ("use_cache", "output_router_logits") if n in accepted}
-    cls, head = type(model), model.get_output_embeddings()
     with contextlib.ExitStack() as stack:
         for body in bodies.values():
             stack.enter_context(_probe.installed(body, stub))
-        whole = model_forward(cls, "auto") if ours else cls.forward
-
-        def read(self: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            out = whole(self, **kwargs)
-            return out["loss"], out["logits"]  # while the weights are the random ones
-
-        stack.enter_context(_probe.installed(model, read))
-        forward = own_head_forward if ours else nn.Linear.forward
-        stack.enter_context(_probe.installed(head, forward))
-        stack.enter_context(_loss_function(model, causal_lm_loss if ours else None))
+        stack.enter_context(_probe.installed(model, forward))
+        stack.enter_context(_probe.installed(head, head_forward))
+        stack.enter_context(_loss_function(model, loss_function))
         stack.enter_context(_probe.evaluating(model))
         stack.enter_context(_probe.unwatched(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(labels.device.type, enabled=False))
         stack.enter_context(worth(0.0))
         keywords = {"input_ids": labels.clamp(min=0), "labels": labels, **flags, **options}
-        loss, logits = torch.func.functional_call(model, values, (), keywords)
+        loss, *others = torch.func.functional_call(model, values, (), keywords)
         gradients = torch.autograd.grad(loss, leaves)
-    return [loss.detach()[None], logits.detach(), *gradients]
+    return [loss.detach()[None], *(x.detach() for x in others), *gradients]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm.hf import _head, _probe
+from fastlm.hf import _head, _probe, _trl
 from fastlm.hf._blocks import Blocks
 from fastlm.hf._experts import match_experts
 from fastlm.hf._feed_forward import match_feed_forward
@@ -333,7 +333,7 @@ class _Patcher:
             self._note(path, module, "already", "decode_plan", stems)
             return
         reason = decode.obstacle(module)
-        if not is_ours(own) and _head.foreign(module):
+        if _trl.is_exchanged(own) or (not is_ours(own) and _head.foreign(module)):
             reason = "another tool has replaced its forward"
         if reason:
             self._note(path, module, "noted", f"decode_plan: {reason}")
@@ -346,18 +346,24 @@ class _Patcher:
         """Its head, which may leave the making of logits to the loss."""
         head, stem = module.get_output_embeddings(), "linear_cross_entropy"
         decodes = is_ours(module.__dict__.get("forward"))
-        reason = _head.obstacle(head)
-        if not reason and not decodes and _head.foreign(module):
+        theirs = _trl.forward_of(module)
+        reason = "" if theirs else _head.obstacle(head)
+        if not reason and not decodes and not theirs and _head.foreign(module):
             reason = "another tool has replaced its forward"
         if not reason:
             try:
-                _head.confirm(module)
+                _trl.confirm(module, theirs) if theirs else _head.confirm(module)
             except _probe.Mismatch as e:
                 reason = str(e)
             except Exception as e:
                 reason = f"the trial run failed: {type(e).__name__}: {str(e)[:120]}"
         if reason:
             self._note(path, module, "kept", f"{stem}: {reason}")
+            return
+        if theirs:
+            exchanged = types.MethodType(_marked(_trl.exchanged(theirs)), module)
+            self.made._install(module, "forward", exchanged)
+            self._note(path, module, "replaced", f"{stem} (in TRL's forward)", (stem,))
             return
         ours = _head.head_forward if "linear" in self.wanted else _head.own_head_forward
         whole = _head.model_forward(type(module), self.made.logits)
@@ -390,31 +396,31 @@ def _decodes_only(forward: Any) -> bool:
 
 def unpatch(model: nn.Module) -> int:
     """Removes everything any patch put into a model, also into a copy of it; returns how many."""
-    removed = 0
-    for module in model.modules():
-        if is_ours(module.__dict__.get("forward")):
-            del module.__dict__["forward"]
-            removed += 1
-        if module.__dict__.get("_loss_function") is causal_lm_loss:
-            del module.__dict__["_loss_function"]
-            removed += 1
-    return removed
+    return len(_taken_out(model))
 
 
 @contextlib.contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """The model without any patch inside the block."""
+    taken = _taken_out(model)
+    try:
+        yield
+    finally:
+        for module, name, value in taken:
+            module.__dict__[name] = value
+
+
+def _taken_out(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Takes every patch out; returns what was where."""
     taken = []
     for module in model.modules():
         for name in ("forward", "_loss_function"):
             value = module.__dict__.get(name)
             if is_ours(value) or value is causal_lm_loss:
                 taken.append((module, name, module.__dict__.pop(name)))
-    try:
-        yield
-    finally:
-        for module, name, value in taken:
-            module.__dict__[name] = value
+                if _trl.is_exchanged(value):
+                    module.__dict__[name] = _trl.below(value, module)
+    return taken
 
 
 def _no_kernel(stem: str, device: str) -> str:

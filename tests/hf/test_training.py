@@ -14,7 +14,7 @@ import transformers
 from tiny_models import exactly, tiny, token_numbers
 
 import fastlm
-from fastlm.hf import _head, unpatch
+from fastlm.hf import _head, _trl, unpatch
 from fastlm.hf._deferred import Deferred
 from fastlm.hf._float64 import float64
 from fastlm.hf.patch import suspended
@@ -61,12 +61,13 @@ def judged(model, results):
 
 
 def trained(trainer):
-    """Losses and weights at the end."""
+    """What was logged of each step, and the weights at the end."""
     trainer.train()
-    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    assert len(losses) == SETTINGS["max_steps"]
-    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    return {"losses": torch.tensor(losses, dtype=torch.float64), **weights}
+    steps = [h for h in trainer.state.log_history if "loss" in h]
+    assert len(steps) == SETTINGS["max_steps"]
+    names = [n for n in ("loss", "entropy", "mean_token_accuracy", "num_tokens") if n in steps[0]]
+    logged = {n: torch.tensor([h[n] for h in steps], dtype=torch.float64) for n in names}
+    return {**logged, **{n: p.detach().clone() for n, p in trainer.model.named_parameters()}}
 
 
 def compare(model, trainer, used="linear_cross_entropy"):
@@ -171,20 +172,131 @@ def tokenizer():
     )
 
 
-def test_sft_trainer(tmp_path, tokenizer):
+@pytest.fixture
+def sft(tmp_path, tokenizer):
+    """sft(model, **options) -> an SFTTrainer."""
     trl = pytest.importorskip("trl", reason="pip install fastlm[integration]")
     from datasets import Dataset
 
-    data = Dataset.from_list([{"input_ids": row["input_ids"]} for row in ROWS])
+    # Half of the tokens are a prompt, which has no loss.
+    rows = [
+        {"input_ids": row["input_ids"], "labels": [-100] * 6 + row["labels"][6:]} for row in ROWS
+    ]
+    data = Dataset.from_list(rows)
 
-    def trainer(model):
-        settings = {**SETTINGS, "bf16": False, "gradient_checkpointing": False}
+    def trainer(model, **options):
+        settings = {**SETTINGS, "bf16": False, "gradient_checkpointing": False, **options}
         args = trl.SFTConfig(str(tmp_path), **settings, max_length=16)
         return trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
 
-    # It has a loss without logits of its own; the body is ours.
-    made = compare(tiny().train(), trainer, used="rope")
+    return trainer
+
+
+def test_sft_trainer(sft):
+    """It gives the model a forward with a loss of TRL's; the body is ours."""
+    made = compare(tiny().train(), sft, used="rope")
     assert any("mean_token_accuracy" in h for h in made.state.log_history)
+
+
+@pytest.mark.parametrize("form", ["nll", "dft", "lora", "bias", "accumulated"])
+def test_sft_trainer_whose_model_is_patched(sft, form):
+    """fastlm.patch(trainer.model) puts our kernel into TRL's forward, and undo takes it out."""
+    options = {"accumulated": {"gradient_accumulation_steps": 2}, "dft": {"loss_type": "dft"}}
+    patches = []
+
+    def adapted(model):
+        return lora(model, target_modules=["q_proj"])
+
+    def trainer(model):
+        ours = any(hasattr(m.__dict__.get("forward"), "fastlm") for m in model.modules())
+        made = sft(adapted(model) if form == "lora" else model, **options.get(form, {}))
+        if ours:
+            theirs = model.__dict__["forward"]
+            with fastlm.patch(made.model) as patch:
+                assert "linear_cross_entropy (in TRL's forward)" in patch.report()
+            assert model.__dict__["forward"] is theirs
+            patches.append(fastlm.patch(made.model))
+            assert model.__dict__["forward"] is not theirs
+        return made
+
+    model = tiny(tie_word_embeddings=form != "bias").train()
+    if form == "bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(96))
+    made = compare(model, trainer)
+    assert patches and made.state.log_history[0].keys() >= {"entropy", "mean_token_accuracy"}
+
+
+def test_sft_trainer_in_mixed_precision(sft):
+    """Its default: autocast, checkpoints, a head in fp32 whose hidden states are bf16."""
+    losses = []
+    for patched in (False, True):
+        made = sft(tiny().train(), bf16=True, gradient_checkpointing=True)
+        if patched:
+            fastlm.patch(made.model, strict=True)
+        with _registry.recording() as verdicts:
+            made.train()
+        losses.append(torch.tensor([h["loss"] for h in made.state.log_history if "loss" in h]))
+        called = {v.stem for v in verdicts if v.chosen != "reference"}
+        assert ("linear_cross_entropy" in called) == patched
+    assert torch.allclose(*losses, rtol=4 * torch.finfo(torch.bfloat16).eps, atol=0)
+
+
+def test_unpatch_gives_trl_its_forward_back(sft):
+    made = sft(tiny().train())
+    theirs = made.model.forward.__func__
+    fastlm.patch(made.model)
+    ours = made.model.forward.__func__
+    assert ours is not theirs
+    with suspended(made.model):
+        assert made.model.forward.__func__ is theirs
+    assert made.model.forward.__func__ is ours
+    unpatch(made.model)
+    assert made.model.forward.__func__ is theirs
+    made.train()
+
+
+@pytest.mark.parametrize("name", ["scale", "cap", "half", "gradient of entropy", "no labels"])
+def test_the_kernel_in_trls_forward(name):
+    """Against TRL's function in float64, within the budget of PyTorch's operators."""
+    kernels = pytest.importorskip("trl.kernels", reason="pip install fastlm[integration]")
+    theirs = kernels.ChunkedLogProbFunction
+    ours = type("Kernel", (_trl._Kernel,), {"theirs": theirs})
+    dtype = torch.bfloat16 if name == "half" else torch.float32
+    rows = 0 if name == "no labels" else 12
+    cap, scale = (3.0 if name == "cap" else None), (0.5 if name == "scale" else 1.0)
+    rest = 1.0, 32768, cap, scale, ("log_probs", "entropy", "is_top1")
+
+    def run(kernel, draw, dtype):
+        *leaves, targets = draw
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in leaves]
+        scores, entropy, _, _, top = kernel.apply(*leaves, targets, *rest)
+        goal = scores.sum() + (entropy.sum() if name == "gradient of entropy" else 0)
+        gradients = torch.autograd.grad(goal, leaves)
+        return dict(enumerate([scores.detach(), entropy.detach(), top.float(), *gradients]))
+
+    class Plain:
+        @staticmethod
+        def apply(x, w, b, targets, temperature, chunk, cap, scale, outputs):
+            z = torch.nn.functional.linear(x, w, b).float() * scale
+            z = z if cap is None else cap * torch.tanh(z / cap)
+            scores = z.log_softmax(-1)
+            entropy = -(scores.exp() * scores).sum(-1)
+            return scores[range(len(x)), targets], entropy, None, None, z.argmax(-1) == targets
+
+    squares = {}
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = (rows, 16), (96, 16), (96,)
+        draw = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+        draw.append(torch.randint(0, 96, (rows,), generator=generator))
+        with float64():
+            exact = run(theirs, draw, torch.float64)
+        made, before = run(ours, draw, dtype), run(Plain, draw, dtype)
+        for i, wide in exact.items():
+            assert made[i].dtype == before[i].dtype
+            squares.setdefault(i, _Squares()).add(made[i], before[i], wide)
+    bad = [e for i, s in squares.items() if not (e := s.error(f"output {i}", dtype)).ok]
+    assert not bad, "\n".join(map(str, bad))
 
 
 def lora(model, **options):
