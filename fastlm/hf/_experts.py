@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ def match_experts(module: Any, device: torch.device) -> Match:
     Both may lie transposed and carry biases; the gate may be one of the class's own.
     """
     shapes = {n: p.dim() for n, p in module._parameters.items() if p is not None}
+    if shapes == {"weight": 3}:
+        return _match_maps(module)
     if not {n for n, dims in shapes.items() if dims == 3} >= set(_WEIGHTS):
         return None
     if not set(shapes) <= {*_WEIGHTS, *(f"{n}_bias" for n in _WEIGHTS)}:
@@ -93,3 +96,29 @@ def experts_forward(kind: str | None) -> Callable[..., Any]:
         return summed.to(hidden_states.dtype)
 
     return forward
+
+
+def _match_maps(module: Any) -> Match:
+    """One linear map [E, out, in] for each expert, over rows that lie sorted by experts."""
+    if list(inspect.signature(type(module).forward).parameters)[1:] != ["inputs", "expert_size"]:
+        return None
+    weight = module.weight
+    sizes = [i % 4 for i in range(weight.shape[0])]
+    x = _probe.random((sum(sizes), weight.shape[2]), 0, weight)
+    text = "linear, for one expert after the other"
+    return Candidate(("linear",), text, maps_forward, [((x, sizes), {})])
+
+
+def maps_forward(self: Any, inputs: Tensor, expert_size: Any) -> Tensor:
+    """The forward of such a module, patched."""
+    weight = self._parameters.get("weight")
+    if (
+        type(weight) not in (nn.Parameter, Tensor)
+        or is_dynamo_compiling()  # which expert gets how many rows is known to the data only
+        or len(expert_size) != len(weight)
+    ):
+        return type(self).forward(self, inputs, expert_size)
+    rows = inputs.split(expert_size)
+    # unbind: one gradient of the whole weight, where indexing would make one for each expert
+    made = [ops.linear(x, w) for x, w in zip(rows, weight.unbind(), strict=True) if len(x)]
+    return torch.cat(made) if made else type(self).forward(self, inputs, expert_size)

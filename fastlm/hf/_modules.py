@@ -266,6 +266,8 @@ def activation_forward(kind: str) -> Callable[..., Any]:
     """The forward of a patched activation module."""
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
+        if not input.is_contiguous():  # half of a wider tensor: a copy costs more than is gained
+            return type(self).forward(self, input)
         return ops.activation(input, kind)
 
     return forward

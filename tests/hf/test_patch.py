@@ -296,6 +296,40 @@ def test_softcap_sinks_and_windows_of_eager_models_run_in_the_kernel():
         assert options & {"softcap", "sinks"}
 
 
+def test_experts_that_are_one_linear_map_each():
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}
+    config = transformers.JetMoeConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, intermediate_size=48, **sizes
+    )
+    torch.manual_seed(1)
+    model = transformers.JetMoeForCausalLM(config).eval()
+    theirs, exact = training_gradients(model), exactly(training_gradients, model)
+    with fastlm.patch(model, ops=["linear"]) as patch, _registry.recording() as verdicts:
+        assert "linear, for one expert after the other" in patch.report()
+        ours = training_gradients(model)
+        pool = Pool()
+        pool.add(ours, theirs, exact)
+    assert [v.stem for v in verdicts].count("linear") > 4 * 2 * 2
+    assert all(e.ok for e in pool.errors()), pool.errors()
+    experts = model.model.layers[0].mlp.input_linear
+    with fastlm.patch(model):
+        for sizes in ([0, 0, 0, 0], [0, 3, 0, 0]):
+            x = torch.randn(sum(sizes), 32)
+            with suspended(model):
+                expected = experts(x, sizes)
+            torch.testing.assert_close(experts(x, sizes), expected)
+
+
+def test_half_of_a_wider_tensor_is_not_copied_for_its_activation():
+    model = nn.Sequential(nn.SiLU())
+    x = torch.randn(4, 64)
+    with fastlm.patch(model), _registry.recording() as verdicts:
+        assert torch.equal(model(x.chunk(2, -1)[0]), nn.functional.silu(x.chunk(2, -1)[0]))
+        assert not verdicts
+        model(x)
+    assert [v.stem for v in verdicts] == ["activation"]
+
+
 def test_a_norm_with_a_gate_is_left_alone():
     """Its second argument is no residual."""
 
