@@ -145,7 +145,7 @@ def compile_flags(x86: bool, torch: Path | None = None) -> str:
 
 
 def kernel_stems() -> list[str]:
-    """The rows that have CPU kernels: contract, kernels and binding of one name."""
+    """The rows with CPU kernels of their own: contract, kernels and binding of one name."""
     stems = [file.stem for file in sorted((ROOT / "csrc/ops").glob("*.h"))]
     files = "cpu/{}.h", "torch/{}.cpp"
     return [s for s in stems if all((ROOT / "csrc" / f.format(s)).exists() for f in files)]
@@ -254,9 +254,11 @@ def build(outdir: Path, ext_suffix: str, tmp: Path, *, only: str | None = None) 
 
     csrc = ROOT / "csrc"
     stems = kernel_stems()
-    module += f' -DFASTLM_STEMS=\\"{",".join(stems)}\\"'
+    bindings = sorted((csrc / "torch").glob("*.cpp"))
+    bound = (binding.stem for binding in bindings if binding.stem != "module")
+    module += f' -DFASTLM_STEMS=\\"{",".join(bound)}\\"'
     objects = [ninja.build("cxx", csrc / "cpu/isa.cpp", "isa.o")]
-    for binding in sorted((csrc / "torch").glob("*.cpp")):
+    for binding in bindings:
         stem = binding.stem
         extra = module if stem == "module" else ""
         objects.append(ninja.build("cxx", binding, f"{stem}.o", extra=extra))

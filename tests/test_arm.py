@@ -237,7 +237,7 @@ def test_activation(run, number, kind, gated, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, transposed", [(1, 0), (3, 0), (70, 0), (3, 1)])
+@pytest.mark.parametrize("rows, transposed", [(1, 0), (3, 0), (16, 0), (3, 1)])
 def test_linear(run, rows, transposed, dtype):
     x, w, bias = torch.randn(rows, 77), torch.randn(213, 77), torch.randn(213)
     x, w, bias = x.to(dtype), w.to(dtype), bias.to(dtype)
@@ -247,8 +247,9 @@ def test_linear(run, rows, transposed, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_feed_forward(run, dtype):
-    rows, width, hidden = 5, 77, 131
+@pytest.mark.parametrize("rows", [5, 33])
+def test_feed_forward(run, rows, dtype):
+    width, hidden = 77, 131
     x, grad = torch.randn(rows, width).to(dtype), torch.randn(rows, hidden).to(dtype)
     w_in, w_gate = ((torch.randn(hidden, width) / 9).to(dtype) for _ in range(2))
     shape = 0, rows, width, hidden
@@ -286,12 +287,15 @@ def test_cross_entropy(run, form, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("along_k", [0, 1])
-def test_linear_cross_entropy(run, along_k, dtype):
-    a, b = torch.randn(67, 45).to(dtype), torch.randn(67, 83).to(dtype)
-    given = a.t() if along_k else a
-    made = run("linear_cross_entropy", dtype, 67, 45, 83, along_k, given, b, out=[torch.float32])
-    judge(made, lambda a, b: a.t() @ b, lambda a, b: a.t() @ b, [a, b])
+@pytest.mark.parametrize("sums", [0, 1])
+@pytest.mark.parametrize("a_along, b_along", [(1, 1), (1, 0), (0, 0)])
+def test_product_of_many_rows(run, a_along, b_along, sums, dtype):
+    k, m, n = 300, 45, 83
+    a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+    given = a if a_along else a.t(), b if b_along else b.t()
+    out = torch.float32 if sums else dtype
+    made = run("product", dtype, k, m, n, a_along, b_along, sums, *given, out=[out])
+    judge(made, F.linear, F.linear, [a, b])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,45 +1,35 @@
-// linear forward.
+// linear forward, and the products of its gradients.
 // Computes   y = x w^T + bias
-// Algorithm  a panel of weight rows at a time against 64 rows of x (cpu/gemm.h), then the bias and
-//            the rounding; x is taken in blocks of half a megabyte that stay in L2 while all the
-//            panels pass by. A transposed weight is read along the outputs instead.
-// Tile       panel of 48 weight rows x 64 rows of x, sums in 12 KiB on the stack; transposed: 8
-//            weight rows x as many outputs as have room in 32 KiB
-// Traffic    reads w once per block of x, so once for few rows; x once; writes y
+// Algorithm  a few rows: a panel of weight rows at a time, as they lie (cpu/gemm.h), or read along
+//            the outputs where they are transposed (cpu/columns.h). Many rows: both sides packed,
+//            whichever way they lie (cpu/packed_product.h).
+// Tile       panel of 48 weight rows x 16 rows of x, sums in 12 KiB on the stack; transposed: 8
+//            weight rows x as many outputs as have room in 32 KiB; packed: 14 x 32
+// Traffic    a few rows: w once, x once, writes y; many: see cpu/packed_product.h
 // Numerics   fp32 sums, one rounding; same bits for any number of threads
-// Source     see cpu/gemm.h
+// Source     see cpu/gemm.h, cpu/packed_product.h
 #include "cpu/gemm.h"
 #include "cpu/columns.h"
+#include "cpu/packed_product.h"
+
+static_assert(kLinearFewRows <= kBlockX && kLinearFewRows <= kColumnsRows, "");
 
 template <class T>
 void forward_panels(const LinearForward& a, int64_t begin, int64_t end) {
   const T* bias = static_cast<const T*>(a.bias);
   Sums sums;
-  // rows of x that stay in L2 while the panels pass by
-  const int64_t bytes = static_cast<int64_t>(sizeof(T)) * max_of<int64_t>(a.in, 1);
-  const int64_t stay = max_of<int64_t>((1 << 19) / bytes / kBlockX, 1) * kBlockX;
-  for (int64_t top = 0; top < a.rows; top += stay) {
-    const int64_t bottom = min_of<int64_t>(top + stay, a.rows);
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t first = p * kPanel, rows_w = min_of<int64_t>(kPanel, a.out - first);
-      const T* w = static_cast<const T*>(a.w) + first * a.w_stride_out;
-      for (int64_t m = top; m < bottom; m += kBlockX) {
-        const int64_t rows = min_of<int64_t>(kBlockX, bottom - m);
-        panel_product(static_cast<const T*>(a.x) + m * a.in, rows, w, a.w_stride_out, rows_w, a.in,
-                      &sums);
-        for (int64_t r = 0; r < rows; ++r) {
-          T* y = static_cast<T*>(a.y) + (m + r) * a.out + first;
-          each_vector(rows_w, [&](int64_t i, auto... n) {
-            store(y + i, biased(sums.at + r * kPanel, bias ? bias + first : nullptr, i, n...),
-                  n...);
-          });
-        }
-      }
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t first = p * kPanel, outs = min_of<int64_t>(kPanel, a.out - first);
+    const T* w = static_cast<const T*>(a.w) + first * a.w_stride_out;
+    panel_product(static_cast<const T*>(a.x), a.rows, w, a.w_stride_out, outs, a.in, &sums);
+    for (int64_t r = 0; r < a.rows; ++r) {
+      T* y = static_cast<T*>(a.y) + r * a.out + first;
+      each_vector(outs, [&](int64_t i, auto... n) {
+        store(y + i, biased(sums.at + r * kPanel, bias ? bias + first : nullptr, i, n...), n...);
+      });
     }
   }
 }
-
-static_assert(kLinearFewRows <= kColumnsRows, "");
 
 template <class T>
 void forward_columns(const LinearForward& a, int64_t begin, int64_t end) {
@@ -72,25 +62,36 @@ void forward(const LinearForward& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&]<class T>(const T*) { forward_any<T>(a, begin, end); });
 }
 
-// Blocks of 16 x 16: both sides move in whole cache lines.
+// ---- many rows ----
+
 template <class T>
-void transpose_rows(const Transpose& a, int64_t begin, int64_t end) {
-  constexpr int64_t kSide = 16;
-  const T* from = static_cast<const T*>(a.from);
-  T* to = static_cast<T*>(a.to);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t r0 = block * kSide, r1 = min_of<int64_t>(r0 + kSide, a.rows);
-    for (int64_t c0 = 0; c0 < a.cols; c0 += kSide) {
-      const int64_t c1 = min_of<int64_t>(c0 + kSide, a.cols);
-      for (int64_t r = r0; r < r1; ++r) {
-        for (int64_t c = c0; c < c1; ++c) to[r * a.cols + c] = from[c * a.ld + r];
-      }
-    }
+bool keeps_sums(const Product& p) {
+  using E = packed::Engine<T>;
+  return !p.sums && p.dtype != DType::kFloat32 && p.k > packed::kDeep * E::kPer;
+}
+
+int64_t scratch(const Product& p) {
+  return with_type(p.dtype, [&]<class T>(const T*) {
+    return packed::scratch_floats<packed::Engine<T>>(p.k, keeps_sums<T>(p));
+  });
+}
+
+template <class T>
+void product_of(const Product& p, const Region& r, float* memory) {
+  using E = packed::Engine<T>;
+  const auto columns = packed::columns_of<E, T>(p.b);
+  if (p.sums || p.dtype == DType::kFloat32) {
+    return packed::product<E, T>(p.a, p.k, r, memory, columns, packed::ToSums<T>{p});
   }
+  float* const kept = memory + packed::scratch_floats<E>(p.k, false);
+  packed::in_height(r, keeps_sums<T>(p), [&](const Region& part) {
+    packed::product<E, T>(p.a, p.k, part, memory, columns, packed::ToRounded<T>{p, part, kept});
+  });
 }
 
-void transpose(const Transpose& a, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&]<class T>(const T*) { transpose_rows<T>(a, begin, end); });
+void product(const Product& p, const Region& r, float* memory) {
+  with_type(p.dtype, [&]<class T>(const T*) { product_of<T>(p, r, memory); });
 }
 
-FASTLM_EXPORT(LinearKernels, linear) = {kPanel, forward, transpose};
+FASTLM_EXPORT(LinearKernels, linear) = {kPanel,        forward, packed::kRows,
+                                        packed::kCols, scratch, product};

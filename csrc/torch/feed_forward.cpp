@@ -34,11 +34,8 @@ Projections projections(const Tensor& x, const Tensor& w_in, const std::optional
     STD_TORCH_CHECK(w_gate->size(0) == w_in.size(0), "w_gate must be like w_in");
   }
   STD_TORCH_CHECK(w_gate || !b_gate, "b_gate without w_gate");
-  const LinearKernels& kernels = linear_kernels();
-  const int64_t rows = x.numel() / std::max<int64_t>(x.size(-1), 1);
-  Projections p{readable(w_in, rows, kernels), w_gate, dense(b_in), dense(b_gate),
-                activation(kind)};
-  if (w_gate) p.w_gate = readable(*w_gate, rows, kernels);
+  Projections p{readable(w_in), w_gate, dense(b_in), dense(b_gate), activation(kind)};
+  if (w_gate) p.w_gate = readable(*w_gate);
   return p;
 }
 
@@ -54,13 +51,13 @@ void run_pointwise(const FeedForwardPointwise& args) {
   });
 }
 
-// hidden [rows, out] of contiguous x [rows, in]; keeps the projections where up (and gate) are
-// given.
-void run_hidden(const Projections& p, const void* x, int64_t rows, void* hidden, void* up,
+// hidden [rows, out] of x [rows, in]; keeps the projections where up (and gate) are given.
+void run_hidden(const Projections& p, const Operand& x, int64_t rows, void* hidden, void* up,
                 void* gate) {
   const DType dtype = dtype_of(p.w_in);
   const int64_t in = p.w_in.size(1), out = p.w_in.size(0);
-  if (is_transposed(p.w_in, rows) || (p.w_gate && is_transposed(*p.w_gate, rows))) {
+  const bool few = rows <= kLinearFewRows;
+  if (few && (is_transposed(p.w_in) || (p.w_gate && is_transposed(*p.w_gate)))) {
     // linear's kernel reads transposed weights; the activation follows while hidden is in L1
     const LinearKernels& kernels = linear_kernels();
     Tensor own_up, own_gate;
@@ -68,15 +65,16 @@ void run_hidden(const Projections& p, const void* x, int64_t rows, void* hidden,
       up = (own_up = empty_rows_of(rows, out, p.w_in)).mutable_data_ptr();
     if (up == nullptr) up = hidden;
     if (gate == nullptr) gate = hidden;
-    run_product(kernels, x, rows, p.w_in, p.b_in, up);
-    if (p.w_gate) run_product(kernels, x, rows, *p.w_gate, p.b_gate, gate);
+    run_few_rows(kernels, x.p, rows, p.w_in, p.b_in, up);
+    if (p.w_gate) run_few_rows(kernels, x.p, rows, *p.w_gate, p.b_gate, gate);
     run_pointwise(
         {up, p.w_gate ? gate : nullptr, nullptr, hidden, nullptr, rows * out, p.act, dtype});
     return;
   }
+  const Operand none{nullptr, 0, 0};
   const FeedForwardHidden args{x,
-                               p.w_in.const_data_ptr(),
-                               data_or_null(p.w_gate),
+                               operand(p.w_in),
+                               p.w_gate ? operand(*p.w_gate) : none,
                                data_or_null(p.b_in),
                                data_or_null(p.b_gate),
                                hidden,
@@ -85,37 +83,45 @@ void run_hidden(const Projections& p, const void* x, int64_t rows, void* hidden,
                                rows,
                                in,
                                out,
-                               p.w_in.stride(0),
-                               p.w_gate ? p.w_gate->stride(0) : 0,
                                p.act,
                                dtype};
   const FeedForwardKernels& own = feed_forward_kernels();
-  parallel_panels(rows, in, out * (p.w_gate ? 2 : 1), own.panel * (p.w_gate ? 2 : 1), dtype,
-                  [&](int64_t begin, int64_t end) { own.hidden(args, begin, end); });
+  const int64_t weights = p.w_gate ? 2 : 1;
+  if (few) {
+    return parallel_panels(rows, in, out * weights, own.panel * weights, dtype,
+                           [&](int64_t begin, int64_t end) { own.hidden(args, begin, end); });
+  }
+  // a gated tile has a vector of outputs twice
+  const int64_t half = own.cols / 2, tiles = (out + half - 1) / half;
+  const int64_t columns = p.w_gate ? tiles * own.cols : out;
+  parallel_regions(rows, columns, in, own.rows, own.cols, own.scratch(args),
+                   [&](const Region& r, float* scratch) { own.hidden_region(args, r, scratch); });
 }
 
 Tensor feed_forward(const Tensor& x_, const Tensor& w_in, const Tensor& w_out_,
                     const std::optional<Tensor>& w_gate, const std::optional<Tensor>& b_in,
                     const std::optional<Tensor>& b_out_, const std::optional<Tensor>& b_gate,
                     int64_t kind) {
+  constexpr int64_t kMost = 1024;  // rows at a time: bounds the memory, not what packing costs
   const Projections p = projections(x_, w_in, w_gate, b_in, b_gate, kind);
-  const LinearKernels& kernels = linear_kernels();
-  const Tensor x = packed(x_, kernels);
-  const int64_t in = w_in.size(1), wide = w_in.size(0), out = w_out_.size(0);
-  Tensor y = empty_cpu_rows(x, out);
-  const int64_t rows = out == 0 ? 0 : y.numel() / out;
-  constexpr int64_t kBlock = 192;
-  Tensor hidden = empty_rows_of(std::min(rows, kBlock), wide, x);
+  const Rows x = rows_of(x_);
+  const int64_t wide = w_in.size(0), out = w_out_.size(0);
+  Tensor y = empty_cpu_rows(x_, out);
+  const int64_t blocks = std::max<int64_t>((x.count + kMost - 1) / kMost, 1);
+  const int64_t block = (x.count + blocks - 1) / blocks;
+  const Tensor hidden = empty_rows_of(block, wide, x_);
   check_product(hidden, w_out_, b_out_);
-  const Tensor w_out = readable(w_out_, std::min(rows, kBlock), kernels);
+  const Tensor w_out = readable(w_out_);
   const auto b_out = dense(b_out_);
-  const int64_t size = static_cast<int64_t>(x.element_size());
-  for (int64_t m = 0; m < rows; m += kBlock) {
-    const int64_t some = std::min(kBlock, rows - m);
-    const char* from = static_cast<const char*>(x.const_data_ptr()) + m * in * size;
+  const int64_t size = static_cast<int64_t>(x_.element_size());
+  const Operand middle{hidden.const_data_ptr(), wide, 1};
+  for (int64_t m = 0; m < x.count; m += block) {  // equal blocks: none of a few rows
+    const int64_t some = std::min(block, x.count - m);
+    const char* from = static_cast<const char*>(x.side.p) + m * x.side.along * size;
     char* to = static_cast<char*>(y.mutable_data_ptr()) + m * out * size;
-    run_hidden(p, from, some, hidden.mutable_data_ptr(), nullptr, nullptr);
-    run_product(kernels, hidden.const_data_ptr(), some, w_out, b_out, to);
+    run_hidden(p, {from, x.side.along, x.side.deep}, some, hidden.mutable_data_ptr(), nullptr,
+               nullptr);
+    run_product(linear_kernels(), middle, some, w_out, b_out, to);
   }
   return y;
 }
@@ -127,21 +133,13 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_hidden(const Tensor& x_, const T
                                                        const std::optional<Tensor>& b_gate,
                                                        int64_t kind) {
   const Projections p = projections(x_, w_in, w_gate, b_in, b_gate, kind);
-  const Tensor x = packed(x_, linear_kernels());
+  const Rows x = rows_of(x_);
   const int64_t wide = w_in.size(0);
-  Tensor hidden = empty_cpu_rows(x, wide), up = empty_cpu_rows(x, wide);
-  Tensor gate = w_gate ? empty_cpu_rows(x, wide) : empty_cpu({0}, x.scalar_type());
-  const int64_t rows = wide == 0 ? 0 : up.numel() / wide;
-  const int64_t row_bytes = w_in.size(1) * static_cast<int64_t>(x.element_size());
-  const int64_t size = static_cast<int64_t>(x.element_size());
-  // rows whose x stays in L2 while the panels pass by
-  const int64_t block = std::max<int64_t>((1 << 19) / std::max<int64_t>(row_bytes, 1) / 64, 1) * 64;
-  for (int64_t m = 0; m < rows; m += block) {
-    const int64_t at = m * wide * size;
-    run_hidden(p, static_cast<const char*>(x.const_data_ptr()) + m * row_bytes,
-               std::min(block, rows - m), static_cast<char*>(hidden.mutable_data_ptr()) + at,
-               static_cast<char*>(up.mutable_data_ptr()) + at,
-               w_gate ? static_cast<char*>(gate.mutable_data_ptr()) + at : nullptr);
+  Tensor hidden = empty_cpu_rows(x_, wide), up = empty_cpu_rows(x_, wide);
+  Tensor gate = w_gate ? empty_cpu_rows(x_, wide) : empty_cpu({0}, x_.scalar_type());
+  if (x.count > 0) {
+    run_hidden(p, x.side, x.count, hidden.mutable_data_ptr(), up.mutable_data_ptr(),
+               w_gate ? gate.mutable_data_ptr() : nullptr);
   }
   return {hidden, up, gate};
 }

@@ -11,11 +11,9 @@ namespace {
 
 Tensor linear(const Tensor& x_, const Tensor& w, const std::optional<Tensor>& bias) {
   check_product(x_, w, bias);
-  const LinearKernels& kernels = linear_kernels();
-  const Tensor x = packed(x_, kernels);
-  Tensor y = empty_cpu_rows(x, w.size(0));
-  const int64_t rows = w.size(0) == 0 ? 0 : y.numel() / w.size(0);
-  run_product(kernels, x.const_data_ptr(), rows, w, dense(bias), y.mutable_data_ptr());
+  const Rows x = rows_of(x_);
+  Tensor y = empty_cpu_rows(x_, w.size(0));
+  run_product(linear_kernels(), x.side, x.count, readable(w), dense(bias), y.mutable_data_ptr());
   return y;
 }
 

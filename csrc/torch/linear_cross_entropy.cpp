@@ -1,7 +1,5 @@
 // Binding of linear_cross_entropy: the loop over chunks of rows. A chunk's logits are made, turned
 // into their own gradient where they lie, and taken on to the gradients of x, weight and bias.
-#include "ops/linear_cross_entropy.h"
-
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <cstring>
@@ -12,15 +10,12 @@
 #include "torch/cross_entropy.h"
 #include "torch/product.h"
 
-FASTLM_KERNEL_TABLE(LinearCrossEntropyKernels, linear_cross_entropy)
 FASTLM_KERNEL_TABLE(LinearKernels, linear)
 
 namespace fastlm {
 namespace {
 
-constexpr int64_t kBlockFloats = 160 << 10;  // a packed block stays in L2
-constexpr int64_t kItems = 8;                // at least so many, where there are the columns
-constexpr int64_t kChunkBytes = 64 << 20;    // of logits
+constexpr int64_t kChunkBytes = 64 << 20;  // of logits
 
 // ---- products ----
 
@@ -36,32 +31,10 @@ void library_product(const Tensor& add, const Tensor& a, const Tensor& b, double
 
 // sums [m, n] = a^T b, or += where `add`, for a [k, m], transposed or not, and b [k, n].
 void column_product(const Tensor& a, const Tensor& b, const Tensor& sums, bool add) {
-  const LinearCrossEntropyKernels& kernels = linear_cross_entropy_kernels();
-  const int64_t k = a.size(0), m = a.size(1), n = b.size(1);
-  const int64_t panels = (m + kernels.panel - 1) / kernels.panel;
-  const int64_t tiles = (n + kernels.tile - 1) / kernels.tile;
-  const int64_t most = std::max<int64_t>(kBlockFloats / 256 / kernels.tile, 1);
-  int64_t blocks =
-      std::max((tiles + most - 1) / most, (kItems + panels - 1) / std::max<int64_t>(panels, 1));
-  blocks = std::clamp<int64_t>(blocks, 1, std::max<int64_t>(tiles, 1));
-  const int64_t width = (tiles + blocks - 1) / blocks * kernels.tile;
-  const ColumnProduct args{a.const_data_ptr(),
-                           b.const_data_ptr(),
-                           static_cast<float*>(sums.mutable_data_ptr()),
-                           m,
-                           n,
-                           k,
-                           a.stride(0),
-                           a.stride(1),
-                           b.stride(0),
-                           width,
-                           add,
-                           dtype_of(a)};
-  const int64_t items = n == 0 ? 0 : panels * ((n + width - 1) / width);
-  parallel_rows(items, kernels.panel * width * k / 4, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(kernels.scratch(width))]);
-    kernels.product(args, scratch.get(), begin, end);
-  });
+  const Operand left{a.const_data_ptr(), a.stride(1), a.stride(0)};
+  const Operand right{b.const_data_ptr(), 1, b.stride(0)};
+  run_many_rows(linear_kernels(), {left, right, nullptr, sums.mutable_data_ptr(), a.size(1),
+                                   b.size(1), a.size(0), b.size(1), add, true, dtype_of(a)});
 }
 
 // sums[c] += sum_r matrix[r, c]
@@ -106,8 +79,9 @@ struct Gradients {
         library_product(logits, weights, rounded);
         torch::stable::copy_(to, rounded);
       } else if (exact && count <= kLinearFewRows) {
-        run_product(linear_kernels(), logits.const_data_ptr(), count,
-                    torch::stable::transpose(weights, 0, 1), std::nullopt, sums.mutable_data_ptr());
+        run_few_rows(linear_kernels(), logits.const_data_ptr(), count,
+                     torch::stable::transpose(weights, 0, 1), std::nullopt,
+                     sums.mutable_data_ptr());
       } else {
         column_product(torch::stable::transpose(logits, 0, 1), weights, sums, false);
       }
@@ -242,8 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const int64_t n = std::min(size, count - start);
     const Tensor logits = part(buffer, 0, n), these = part(rows, start, n);
     if (!library) {
-      run_product(linear_kernels(), these.const_data_ptr(), n, weight, bias,
-                  logits.mutable_data_ptr());
+      run_product(linear_kernels(), operand(these), n, weight, bias, logits.mutable_data_ptr());
     } else if (bias) {
       library_product(*bias, these, torch::stable::transpose(weight, 0, 1), 1.0, logits);
     } else {

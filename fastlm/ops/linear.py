@@ -30,8 +30,6 @@ def cpu_slower(dtype: torch.dtype, *, rows: str, transposed: bool) -> list[str]:
     """
     if rows == _FEW:
         return []
-    if transposed and dtype != torch.float16:  # PyTorch's costs more than the copy
-        return ["the weight lies transposed and would be copied for more than 16 rows"]
     won = winners(dtype)
     return [] if (won.some if rows == _SOME else won.many) else [won.text]
 

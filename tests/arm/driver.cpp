@@ -21,7 +21,6 @@
 #include "ops/feed_forward.h"
 #include "ops/layer_norm.h"
 #include "ops/linear.h"
-#include "ops/linear_cross_entropy.h"
 #include "ops/quantized_linear.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
@@ -37,7 +36,6 @@ FASTLM_KERNEL_TABLE(DecodePlanKernels, decode_plan)
 FASTLM_KERNEL_TABLE(FeedForwardKernels, feed_forward)
 FASTLM_KERNEL_TABLE(LayerNormKernels, layer_norm)
 FASTLM_KERNEL_TABLE(LinearKernels, linear)
-FASTLM_KERNEL_TABLE(LinearCrossEntropyKernels, linear_cross_entropy)
 FASTLM_KERNEL_TABLE(QuantizedLinearKernels, quantized_linear)
 FASTLM_KERNEL_TABLE(RmsNormKernels, rms_norm)
 FASTLM_KERNEL_TABLE(RopeKernels, rope)
@@ -226,9 +224,16 @@ void feed_forward() {
   const Array x = array(), w_in = array(), w_gate = array(), grad = array();
   const Array hidden = result(grad.bytes), up = result(grad.bytes), gate = result(grad.bytes);
   const auto& kernels = feed_forward_kernels();
-  kernels.hidden({x, w_in, w_gate, nullptr, nullptr, hidden.data, up.data, gate.data, rows, in, out,
-                  in, in, act, dtype},
-                 0, (out + kernels.panel - 1) / kernels.panel);
+  const auto along = [&](const Array& a) { return Operand{a, in, 1}; };
+  const FeedForwardHidden a{along(x),    along(w_in), along(w_gate), nullptr, nullptr,
+                            hidden.data, up.data,     gate.data,     rows,    in,
+                            out,         act,         dtype};
+  if (rows <= kLinearFewRows) {
+    kernels.hidden(a, 0, (out + kernels.panel - 1) / kernels.panel);
+  } else {
+    const int64_t half = kernels.cols / 2, columns = (out + half - 1) / half * kernels.cols;
+    kernels.hidden_region(a, {0, rows, 0, columns}, fresh_of<float>(kernels.scratch(a)));
+  }
   const Array again = result(grad.bytes), d_gate = result(grad.bytes);
   kernels.pointwise({up, gate, grad.data, again.data, d_gate.data, rows * out, act, dtype}, 0,
                     rows * out);
@@ -262,19 +267,21 @@ void cross_entropy() {
   answer(grad);
 }
 
-void column_product() {
+// Sides along k or across it; to fp32 sums or rounded.
+void product() {
   const DType dtype = element();
   const int64_t k = number(), m = number(), n = number();
-  const bool along_k = number() != 0;  // a comes as [m, k]
+  const bool a_along = number() != 0, b_along = number() != 0, sums = number() != 0;
   const Array a = array(), b = array();
-  const Array sums = result(m * n * 4);
-  const auto& kernels = linear_cross_entropy_kernels();
-  const int64_t width = (n + kernels.tile - 1) / kernels.tile * kernels.tile;
-  const ColumnProduct p{
-      a, b, sums.as<float>(), m, n, k, along_k ? 1 : m, along_k ? k : 1, n, width, false, dtype};
-  kernels.product(p, fresh_of<float>(kernels.scratch(width)), 0,
-                  (m + kernels.panel - 1) / kernels.panel);
-  answer(sums);
+  const auto side = [&](const Array& values, int64_t count, bool along) {
+    return along ? Operand{values, k, 1} : Operand{values, 1, count};
+  };
+  const Array y = result(m * n * (sums || dtype == DType::kFloat32 ? 4 : 2));
+  const Product p{
+      side(a, m, a_along), side(b, n, b_along), nullptr, y.data, m, n, k, n, false, sums, dtype};
+  const auto& kernels = linear_kernels();
+  kernels.product(p, {0, m, 0, n}, fresh_of<float>(kernels.scratch(p)));
+  answer(y);
 }
 
 void attention() {
@@ -425,7 +432,7 @@ const Case kCases[] = {
     {"linear", linear},
     {"feed_forward", feed_forward},
     {"cross_entropy", cross_entropy},
-    {"linear_cross_entropy", column_product},
+    {"product", product},
     {"attention", attention},
     {"decode_attention", decode_attention},
     {"quantized_linear", quantized_linear},

@@ -1,0 +1,295 @@
+// y = a b^T for many rows, both sides packed: the product inside linear, feed_forward and their
+// gradients, where arithmetic and not the weights' traffic sets the time.
+// Computes   sums[m, n] = sum_k a(m, k) b(n, k); either side may lie along k or across it
+// Algorithm  outer products: a block of b is packed into tiles of two vectors that stay in L2 while
+//            panels of a pass by, each packed so that its values are broadcast in order. What is
+//            done with a finished tile of sums is the caller's (a sink): store, add, activate.
+// Tile       14 rows x 2 vectors (6 x 2 with 16 registers), 256 operands of k at a time; rows and
+//            depth are cut into equal parts, so that no small rest is left
+// Traffic    a region of the result reads its rows of b once, its rows of a once per 512 columns
+// Numerics   fp32; chains of at most 256 multiply-adds, their sums in order: a value has the same
+//            bits whichever region or tile it is computed in
+// Source     Goto and van de Geijn, doi:10.1145/1356052.1356053
+//
+// Included by the kernel files, inside the set's namespace.
+namespace packed {
+
+constexpr int kRows = kLanes == 16 ? 14 : 6;  // of a tile
+constexpr int64_t kCols = 2 * kLanes;         // of a tile
+constexpr int64_t kDeep = 256;                // operands of k in a block
+constexpr int64_t kWide = 1024;               // columns of a block of b
+constexpr int64_t kHigh = 36 * kRows;         // rows whose unfinished sums are kept at a time
+constexpr int64_t kPanel = 16 * kDeep + 16;   // floats of a packed panel of a
+
+// How values lie in packed operands: floats, or bf16 pairs of two following k where the processor
+// multiplies those. Either is a 32-bit word.
+struct Singles {
+  static constexpr int64_t kPer = 1;
+  static VecF add(VecF acc, VecF a, VecF b) { return fma(a, b, acc); }
+  template <class T, class... N>
+  static VecF along(const T* p, N... n) {  // kLanes operands of one row
+    return load(p, n...);
+  }
+  template <class T, class... N>
+  static VecF across(const T* p, int64_t, bool, N... n) {  // one operand of kLanes rows
+    return load(p, n...);
+  }
+};
+struct Pairs {
+  static constexpr int64_t kPer = 2;
+  static VecF add(VecF acc, VecF a, VecF b) { return dot2(acc, as_pairs(a), as_pairs(b)); }
+  template <class... N>
+  static VecF along(const bf16* p, N... n) {
+    return as_float(load_pairs(p, n...));
+  }
+  template <class... N>
+  static VecF across(const bf16* p, int64_t stride, bool both, N... n) {
+    return as_float(pair_up(load(p, n...), both ? load(p + stride, n...) : zero()));
+  }
+};
+template <class T, bool kPaired = kFastPairs>
+struct EngineOf {
+  using Type = Singles;
+};
+template <>
+struct EngineOf<bf16, true> {
+  using Type = Pairs;
+};
+template <class T>
+using Engine = typename EngineOf<T>::Type;
+
+// The size of the parts that n falls into: as equal as multiples of `unit` allow, at most `most`.
+inline int64_t even_part(int64_t n, int64_t most, int64_t unit) {
+  const int64_t parts = max_of<int64_t>((n + most - 1) / most, 1);
+  return ((n + parts - 1) / parts + unit - 1) / unit * unit;
+}
+
+// ---- packing: operand k of row i to to[k * stride + i] for `width` places; those from `rows` on
+// may hold anything finite ----
+
+// Rows that run along k: squares of kLanes operands of kLanes rows are turned. Whole vectors are
+// stored, and what they write beyond `width` the next ones overwrite.
+template <class E, class T>
+void pack_along(const T* from, int64_t row_stride, int64_t rows, int64_t depth, int64_t width,
+                float* to, int64_t stride) {
+  constexpr int64_t kStep = kLanes * E::kPer;
+  for (int64_t i0 = 0; i0 < width; i0 += kLanes) {
+    const T* row[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) row[i] = from + min_of(i0 + i, rows - 1) * row_stride;
+    const bool part = i0 > 0 && width - i0 < kLanes;  // what follows is there already
+    float* place = to + i0;
+    for (int64_t k = 0; k < depth; k += kStep, place += kLanes * stride) {
+      VecF square[kLanes];
+      const int left = static_cast<int>(min_of(kStep, depth - k));
+      if (left == kStep) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = E::along(row[i] + k);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = E::along(row[i] + k, left);
+      }
+      transpose(square);
+      const int operands = (left + E::kPer - 1) / E::kPer;
+      if (operands == kLanes && !part) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) store(place + j * stride, square[j]);
+      } else {
+        for (int j = 0; j < operands; ++j) {
+          if (part) {
+            store(place + j * stride, square[j], static_cast<int>(width - i0));
+          } else {
+            store(place + j * stride, square[j]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Rows that lie side by side.
+template <class E, class T>
+void pack_across(const T* from, int64_t deep, int64_t rows, int64_t depth, int64_t width, float* to,
+                 int64_t stride) {
+  for (int64_t k = 0; k < depth; k += E::kPer, from += E::kPer * deep, to += stride) {
+    const bool both = k + 1 < depth;
+    // no hardware fetches ahead where neighbouring k are pages apart
+    __builtin_prefetch(from + rows, 0, 2);
+    if (E::kPer == 2 && both) __builtin_prefetch(from + deep + rows, 0, 2);
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t n = max_of<int64_t>(rows - i, 0);
+      store(to + i, n >= kLanes ? E::across(from + i, deep, both)
+                                : E::across(from + i, deep, both, static_cast<int>(n)));
+    }
+  }
+}
+
+template <class E, class T>
+inline void pack(const Operand& side, int64_t first, int64_t rows, int64_t k0, int64_t depth,
+                 int64_t width, float* to, int64_t stride) {
+  const T* from = static_cast<const T*>(side.p) + first * side.along + k0 * side.deep;
+  if (side.deep == 1) {
+    pack_along<E>(from, side.along, rows, depth, width, to, stride);
+  } else {
+    pack_across<E>(from, side.deep, rows, depth, width, to, stride);
+  }
+}
+
+// ---- the register tile: sums [kHeight, kCols] of packed a [steps, kHeight] and b [steps, kCols]
+// ----
+
+template <class E, int kHeight>
+void tile(const float* a, const float* b, int64_t steps, float* sums) {
+  VecF low[kHeight], high[kHeight];
+#pragma GCC unroll 14
+  for (int i = 0; i < kHeight; ++i) low[i] = high[i] = zero();
+  for (int64_t k = 0; k < steps; ++k, a += kHeight, b += kCols) {
+    const VecF left = load(b), right = load(b + kLanes);
+#pragma GCC unroll 14
+    for (int i = 0; i < kHeight; ++i) {
+      const VecF value = set1(a[i]);
+      low[i] = E::add(low[i], value, left);
+      high[i] = E::add(high[i], value, right);
+    }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < kHeight; ++i) {
+    store(sums + i * kCols, low[i]);
+    store(sums + i * kCols + kLanes, high[i]);
+  }
+}
+
+using TileFunction = void (*)(const float*, const float*, int64_t, float*);
+template <class E>
+constexpr TileFunction kTiles[kRows] = {
+    tile<E, 1>,  tile<E, 2>,  tile<E, 3>, tile<E, 4>,  tile<E, 5>,  tile<E, 6>,
+#if defined(__AVX512F__)
+    tile<E, 7>,  tile<E, 8>,  tile<E, 9>, tile<E, 10>, tile<E, 11>, tile<E, 12>,
+    tile<E, 13>, tile<E, 14>,
+#endif
+};
+
+// Where a tile's sums belong, and whether its chain begins or ends with this block of k.
+struct Place {
+  int64_t m, rows, n, cols;
+  bool first, last;
+};
+
+// Floats of scratch memory for one region of a result with `k` values summed.
+template <class E>
+inline int64_t scratch_floats(int64_t k, bool keeps_sums) {
+  const int64_t operands = even_part(k, kDeep * E::kPer, kLanes * E::kPer) / E::kPer;
+  return kPanel + operands * kWide + (keeps_sums ? kHigh * kWide : 0);
+}
+
+// Sums of rows [r.m0, r.m1) x columns [r.n0, r.n1), tile by tile and block of k by block of k, to
+// sink(place, sums). `pack_tile(k0, depth, n, cols, to)` packs one tile's columns of b.
+template <class E, class T, class PackTile, class Sink>
+void product(const Operand& a, int64_t k, const Region& r, float* scratch,
+             const PackTile& pack_tile, const Sink& sink) {
+  const int64_t deep = even_part(k, kDeep * E::kPer, kLanes * E::kPer);
+  const int64_t wide = even_part(r.n1 - r.n0, kWide, kCols);
+  const int64_t rows = r.m1 - r.m0, panels = (rows + kRows - 1) / kRows;
+  float* const b = scratch + kPanel;
+  alignas(64) float sums[kRows * kCols];
+  for (int64_t n = r.n0; n < r.n1; n += wide) {
+    const int64_t width = min_of(wide, r.n1 - n);
+    int64_t k0 = 0;
+    do {  // once, for sums of nothing, where k is 0
+      const int64_t depth = min_of(deep, k - k0), steps = (depth + E::kPer - 1) / E::kPer;
+      for (int64_t j = 0; j < width; j += kCols) {
+        pack_tile(k0, depth, n + j, min_of(kCols, width - j), b + j * steps);
+      }
+      Place at{0, 0, 0, 0, k0 == 0, k0 + depth >= k};
+      for (int64_t i = 0; i < panels; ++i) {
+        at.m = r.m0 + rows * i / panels;
+        at.rows = r.m0 + rows * (i + 1) / panels - at.m;
+        pack<E, T>(a, at.m, at.rows, k0, depth, at.rows, scratch, at.rows);
+        const TileFunction run = kTiles<E>[at.rows - 1];
+        for (int64_t j = 0; j < width; j += kCols) {
+          run(scratch, b + j * steps, steps, sums);
+          at.n = n + j;
+          at.cols = min_of(kCols, width - j);
+          sink(at, sums);
+        }
+      }
+      k0 += deep;
+    } while (k0 < k);
+  }
+}
+
+// Calls f(part) for parts of the region whose unfinished sums have room, or for the whole.
+template <class F>
+inline void in_height(const Region& r, bool keeps_sums, const F& f) {
+  const int64_t rows = r.m1 - r.m0, high = keeps_sums ? even_part(rows, kHigh, 1) : rows;
+  for (int64_t m = r.m0; m < r.m1; m += high) f({m, min_of(m + high, r.m1), r.n0, r.n1});
+}
+
+// Where row i of a tile's sums waits for the next block of k: [rows of the region][kWide].
+inline float* waiting(float* kept, const Region& r, const Place& at, int64_t i) {
+  return kept + (at.m + i - r.m0) * kWide + (at.n - r.n0) % kWide;
+}
+
+// The columns of one matrix as a tile.
+template <class E, class T>
+inline auto columns_of(const Operand& b) {
+  return [&b](int64_t k0, int64_t depth, int64_t n, int64_t cols, float* to) {
+    for (int64_t half = 0; half < kCols; half += kLanes) {
+      const int64_t left = max_of<int64_t>(cols - half, 1);  // past the end: the last one again
+      pack<E, T>(b, n + min_of(half, cols - 1), min_of<int64_t>(left, kLanes), k0, depth, kLanes,
+                 to + half, kCols);
+    }
+  };
+}
+
+// f(i) for each whole vector of n values and f(i, lanes) for the rest.
+template <class F>
+inline void vectors(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+// Sums to y, with a bias or added to what is there.
+template <class T>
+struct ToSums {
+  const Product& p;
+  void operator()(const Place& at, float* sums) const {
+    const T* bias = static_cast<const T*>(p.bias);
+    for (int64_t r = 0; r < at.rows; ++r, sums += kCols) {
+      float* y = static_cast<float*>(p.y) + (at.m + r) * p.ld + at.n;
+      vectors(at.cols, [&](int64_t i, auto... n) {
+        VecF v = load(sums + i, n...);
+        if (!at.first || p.add) {
+          v = v + load(y + i, n...);
+        } else if (bias) {
+          v = v + load(bias + at.n + i, n...);
+        }
+        store(y + i, v, n...);
+      });
+    }
+  }
+};
+
+// Sums rounded to y; unfinished ones wait in `kept`.
+template <class T>
+struct ToRounded {
+  const Product& p;
+  const Region& r;
+  float* kept;
+  void operator()(const Place& at, float* sums) const {
+    const T* bias = static_cast<const T*>(p.bias);
+    for (int64_t i = 0; i < at.rows; ++i, sums += kCols) {
+      float* wait = waiting(kept, r, at, i);
+      T* y = static_cast<T*>(p.y) + (at.m + i) * p.ld + at.n;
+      vectors(at.cols, [&](int64_t j, auto... n) {
+        VecF v = load(sums + j, n...);
+        if (!at.first) v = v + load(wait + j, n...);
+        if (!at.last) return store(wait + j, v, n...);
+        if (bias) v = v + load(bias + at.n + j, n...);
+        store(y + j, v, n...);
+      });
+    }
+  }
+};
+
+}  // namespace packed
