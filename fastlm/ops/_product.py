@@ -7,7 +7,7 @@ and where `fastlm tune` has measured the very class of calls, its verdict counts
 
 PyTorch also carries oneDNN's fp32 linear (torch.ops.mkldnn._linear_pointwise). It is not used: it
 adds up all of k in one chain, with 2 to 4 times the error of F.linear, which is over the budget,
-and the own kernel is as fast.
+and the own kernel is about as fast.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ def cpu_slower(dtype: torch.dtype, *, rows: str, transposed: bool) -> list[str]:
     """Why PyTorch's library is the better choice for so many rows.
 
     F.linear's time over the own kernel's, weights from memory, [2048, 768], Zen 4 with AVX-512 and
-    bf16, 2 threads, for 1 / 4 / 16 / 64 / 256 / 2048 rows: fp32 2.6 / 3.1 / 1.8 / 1.4 / 1.2 / 1.1,
-    bf16 1.8 / 2.3 / 1.6 / 1.15 / 1.0 / 0.93; with the weight transposed, 1 / 4 / 16 rows: fp32
-    1.9 / 3.3 / 2.5, bf16 2.3 / 2.5 / 1.4. Beyond 16 rows it is measured where it runs.
+    bf16, 2 threads, for 1 / 4 / 16 rows: fp32 2.6 / 3.1 / 1.8, bf16 1.8 / 2.3 / 1.6; with the
+    weight transposed fp32 1.9 / 3.3 / 2.5, bf16 2.3 / 2.5 / 1.4. Beyond 16 rows it is measured
+    where it runs (there fp32 about 1.5, bf16 about 1.0, whichever way the weight lies).
     """
     if rows == _FEW:
         return []
