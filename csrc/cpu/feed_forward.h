@@ -71,6 +71,11 @@ struct ToHidden {
   const Region& r;
   float* kept;
 
+  void fetch(const packed::Place& at) const {
+    if (!at.first || !at.last) {
+      packed::fetch_rows(packed::waiting(kept, r, at, 0), at.rows, packed::kWide);
+    }
+  }
   void operator()(const packed::Place& at, float* sums) const {
     const Finish<kAct, T> finish{a};
     for (int64_t i = 0; i < at.rows; ++i, sums += packed::kCols) {
@@ -98,7 +103,7 @@ struct ToHidden {
 
 template <class T>
 bool keeps_sums(const FeedForwardHidden& a) {
-  return a.in > packed::kDeep * packed::Engine<T>::kPer;
+  return packed::depth_of<packed::Engine<T>>(a.in) < a.in;
 }
 
 int64_t scratch(const FeedForwardHidden& a) {

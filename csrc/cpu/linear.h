@@ -67,7 +67,7 @@ void forward(const LinearForward& a, int64_t begin, int64_t end) {
 template <class T>
 bool keeps_sums(const Product& p) {
   using E = packed::Engine<T>;
-  return !p.sums && p.dtype != DType::kFloat32 && p.k > packed::kDeep * E::kPer;
+  return !p.sums && p.dtype != DType::kFloat32 && packed::depth_of<E>(p.k) < p.k;
 }
 
 int64_t scratch(const Product& p) {

@@ -7,8 +7,8 @@
 // Tile       14 rows x 2 vectors (6 x 2 with 16 registers), 256 operands of k at a time; rows and
 //            depth are cut into equal parts, so that no small rest is left
 // Traffic    a region of the result reads its rows of b once, its rows of a once per 512 columns
-// Numerics   fp32; chains of at most 256 multiply-adds, their sums in order: a value has the same
-//            bits whichever region or tile it is computed in
+// Numerics   fp32; chains of at most 256 multiply-adds (bf16 384), their sums in order: a value
+//            has the same bits whichever region or tile it is computed in
 // Source     Goto and van de Geijn, doi:10.1145/1356052.1356053
 //
 // Included by the kernel files, inside the set's namespace.
@@ -17,9 +17,10 @@ namespace packed {
 constexpr int kRows = kLanes == 16 ? 14 : 6;  // of a tile
 constexpr int64_t kCols = 2 * kLanes;         // of a tile
 constexpr int64_t kDeep = 256;                // operands of k in a block
+constexpr int64_t kWhole = 384;               // operands of bf16 that are not cut into blocks
 constexpr int64_t kWide = 1024;               // columns of a block of b
 constexpr int64_t kHigh = 36 * kRows;         // rows whose unfinished sums are kept at a time
-constexpr int64_t kPanel = 16 * kDeep + 16;   // floats of a packed panel of a
+constexpr int64_t kPanel = 16 * kWhole + 16;  // floats of a packed panel of a
 
 // How values lie in packed operands: floats, or bf16 pairs of two following k where the processor
 // multiplies those. Either is a 32-bit word.
@@ -62,6 +63,14 @@ using Engine = typename EngineOf<T>::Type;
 inline int64_t even_part(int64_t n, int64_t most, int64_t unit) {
   const int64_t parts = max_of<int64_t>((n + most - 1) / most, 1);
   return ((n + parts - 1) / parts + unit - 1) / unit * unit;
+}
+
+// Values of k in a block. One more pass over the sums costs more than a block beyond the best size;
+// but fp32 shows the error of a longer chain, which bf16 rounds away.
+template <class E>
+inline int64_t depth_of(int64_t k) {
+  const bool whole = E::kPer > 1 && k <= kWhole * E::kPer;
+  return even_part(k, (whole ? kWhole : kDeep) * E::kPer, kLanes * E::kPer);
 }
 
 // ---- packing: operand k of row i to to[k * stride + i] for `width` places; those from `rows` on
@@ -177,7 +186,7 @@ struct Place {
 // Floats of scratch memory for one region of a result with `k` values summed.
 template <class E>
 inline int64_t scratch_floats(int64_t k, bool keeps_sums) {
-  const int64_t operands = even_part(k, kDeep * E::kPer, kLanes * E::kPer) / E::kPer;
+  const int64_t operands = depth_of<E>(k) / E::kPer;
   return kPanel + operands * kWide + (keeps_sums ? kHigh * kWide : 0);
 }
 
@@ -186,7 +195,7 @@ inline int64_t scratch_floats(int64_t k, bool keeps_sums) {
 template <class E, class T, class PackTile, class Sink>
 void product(const Operand& a, int64_t k, const Region& r, float* scratch,
              const PackTile& pack_tile, const Sink& sink) {
-  const int64_t deep = even_part(k, kDeep * E::kPer, kLanes * E::kPer);
+  const int64_t deep = depth_of<E>(k);
   const int64_t wide = even_part(r.n1 - r.n0, kWide, kCols);
   const int64_t rows = r.m1 - r.m0, panels = (rows + kRows - 1) / kRows;
   float* const b = scratch + kPanel;
@@ -206,9 +215,10 @@ void product(const Operand& a, int64_t k, const Region& r, float* scratch,
         pack<E, T>(a, at.m, at.rows, k0, depth, at.rows, scratch, at.rows);
         const TileFunction run = kTiles<E>[at.rows - 1];
         for (int64_t j = 0; j < width; j += kCols) {
-          run(scratch, b + j * steps, steps, sums);
           at.n = n + j;
           at.cols = min_of(kCols, width - j);
+          sink.fetch(at);
+          run(scratch, b + j * steps, steps, sums);
           sink(at, sums);
         }
       }
@@ -222,6 +232,16 @@ template <class F>
 inline void in_height(const Region& r, bool keeps_sums, const F& f) {
   const int64_t rows = r.m1 - r.m0, high = keeps_sums ? even_part(rows, kHigh, 1) : rows;
   for (int64_t m = r.m0; m < r.m1; m += high) f({m, min_of(m + high, r.m1), r.n0, r.n1});
+}
+
+// Fetches rows of a tile while it is computed: they lie too far apart for the hardware to do so.
+template <class T>
+inline void fetch_rows(const T* p, int64_t rows, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i, p += stride) {
+    const char* line = reinterpret_cast<const char*>(p);
+    __builtin_prefetch(line);
+    if (sizeof(T) * kCols > 64) __builtin_prefetch(line + 64);
+  }
 }
 
 // Where row i of a tile's sums waits for the next block of k: [rows of the region][kWide].
@@ -253,6 +273,9 @@ inline void vectors(int64_t n, F&& f) {
 template <class T>
 struct ToSums {
   const Product& p;
+  void fetch(const Place& at) const {
+    fetch_rows(static_cast<const float*>(p.y) + at.m * p.ld + at.n, at.rows, p.ld);
+  }
   void operator()(const Place& at, float* sums) const {
     const T* bias = static_cast<const T*>(p.bias);
     for (int64_t r = 0; r < at.rows; ++r, sums += kCols) {
@@ -276,6 +299,10 @@ struct ToRounded {
   const Product& p;
   const Region& r;
   float* kept;
+  void fetch(const Place& at) const {
+    if (!at.first || !at.last) fetch_rows(waiting(kept, r, at, 0), at.rows, kWide);
+    if (at.last) fetch_rows(static_cast<const T*>(p.y) + at.m * p.ld + at.n, at.rows, p.ld);
+  }
   void operator()(const Place& at, float* sums) const {
     const T* bias = static_cast<const T*>(p.bias);
     for (int64_t i = 0; i < at.rows; ++i, sums += kCols) {
