@@ -7,7 +7,7 @@
 // Tile       14 rows x 2 vectors (6 x 2 with 16 registers), 256 operands of k at a time; rows and
 //            depth are cut into equal parts, so that no small rest is left
 // Traffic    a region of the result reads its rows of b once, its rows of a once per 512 columns
-// Numerics   fp32; chains of at most 256 multiply-adds (bf16 384), their sums in order: a value
+// Numerics   fp32; chains of at most 128 multiply-adds (bf16 384), their sums in order: a value
 //            has the same bits whichever region or tile it is computed in
 // Source     Goto and van de Geijn, doi:10.1145/1356052.1356053
 //
@@ -17,7 +17,7 @@ namespace packed {
 constexpr int kRows = kLanes == 16 ? 14 : 6;  // of a tile
 constexpr int64_t kCols = 2 * kLanes;         // of a tile
 constexpr int64_t kDeep = 256;                // operands of k in a block
-constexpr int64_t kWhole = 384;               // operands of bf16 that are not cut into blocks
+constexpr int64_t kWhole = 384;               // operands of k that are not cut into blocks
 constexpr int64_t kWide = 1024;               // columns of a block of b
 constexpr int64_t kHigh = 36 * kRows;         // rows whose unfinished sums are kept at a time
 constexpr int64_t kPanel = 16 * kWhole + 16;  // floats of a packed panel of a
@@ -25,7 +25,8 @@ constexpr int64_t kPanel = 16 * kWhole + 16;  // floats of a packed panel of a
 // How values lie in packed operands: floats, or bf16 pairs of two following k where the processor
 // multiplies those. Either is a 32-bit word.
 struct Singles {
-  static constexpr int64_t kPer = 1;
+  static constexpr int64_t kPer = 1;      // values in an operand
+  static constexpr int64_t kChain = 128;  // operands added up one after another
   static VecF add(VecF acc, VecF a, VecF b) { return fma(a, b, acc); }
   template <class T, class... N>
   static VecF along(const T* p, N... n) {  // kLanes operands of one row
@@ -38,6 +39,7 @@ struct Singles {
 };
 struct Pairs {
   static constexpr int64_t kPer = 2;
+  static constexpr int64_t kChain = kWhole;  // the rounding of the result hides their error
   static VecF add(VecF acc, VecF a, VecF b) { return dot2(acc, as_pairs(a), as_pairs(b)); }
   template <class... N>
   static VecF along(const bf16* p, N... n) {
@@ -65,12 +67,11 @@ inline int64_t even_part(int64_t n, int64_t most, int64_t unit) {
   return ((n + parts - 1) / parts + unit - 1) / unit * unit;
 }
 
-// Values of k in a block. One more pass over the sums costs more than a block beyond the best size;
-// but fp32 shows the error of a longer chain, which bf16 rounds away.
+// Values of k in a block: one more pass over the sums costs more than a block beyond the best size.
 template <class E>
 inline int64_t depth_of(int64_t k) {
-  const bool whole = E::kPer > 1 && k <= kWhole * E::kPer;
-  return even_part(k, (whole ? kWhole : kDeep) * E::kPer, kLanes * E::kPer);
+  const int64_t most = k <= kWhole * E::kPer ? kWhole : kDeep;
+  return even_part(k, most * E::kPer, kLanes * E::kPer);
 }
 
 // ---- packing: operand k of row i to to[k * stride + i] for `width` places; those from `rows` on
@@ -148,23 +149,29 @@ inline void pack(const Operand& side, int64_t first, int64_t rows, int64_t k0, i
 
 template <class E, int kHeight>
 void tile(const float* a, const float* b, int64_t steps, float* sums) {
-  VecF low[kHeight], high[kHeight];
+  int64_t from = 0;
+  do {  // chain by chain; a chain of nothing, too
+    const int64_t to = min_of(from + E::kChain, steps);
+    VecF low[kHeight], high[kHeight];
 #pragma GCC unroll 14
-  for (int i = 0; i < kHeight; ++i) low[i] = high[i] = zero();
-  for (int64_t k = 0; k < steps; ++k, a += kHeight, b += kCols) {
-    const VecF left = load(b), right = load(b + kLanes);
+    for (int i = 0; i < kHeight; ++i) low[i] = high[i] = zero();
+    for (int64_t k = from; k < to; ++k, a += kHeight, b += kCols) {
+      const VecF left = load(b), right = load(b + kLanes);
+#pragma GCC unroll 14
+      for (int i = 0; i < kHeight; ++i) {
+        const VecF value = set1(a[i]);
+        low[i] = E::add(low[i], value, left);
+        high[i] = E::add(high[i], value, right);
+      }
+    }
 #pragma GCC unroll 14
     for (int i = 0; i < kHeight; ++i) {
-      const VecF value = set1(a[i]);
-      low[i] = E::add(low[i], value, left);
-      high[i] = E::add(high[i], value, right);
+      float* const place = sums + i * kCols;
+      store(place, from == 0 ? low[i] : load(place) + low[i]);
+      store(place + kLanes, from == 0 ? high[i] : load(place + kLanes) + high[i]);
     }
-  }
-#pragma GCC unroll 14
-  for (int i = 0; i < kHeight; ++i) {
-    store(sums + i * kCols, low[i]);
-    store(sums + i * kCols + kLanes, high[i]);
-  }
+    from = to;
+  } while (from < steps);
 }
 
 using TileFunction = void (*)(const float*, const float*, int64_t, float*);
