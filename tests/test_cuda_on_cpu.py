@@ -9,20 +9,19 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from cuda_emulator.harness import emulated, own_tests, run
+from cuda_emulator.harness import emulated, own_tests
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
 NORMS = """
-import sys
 import torch
 from fastlm import ops, reference, _ext
 from fastlm.testing import check
 from tests_of_operator import baseline
 assert _ext.native.cpu_isa() == "emulated CUDA"
 torch.manual_seed(0)
-name = sys.argv[1]
+name = "STEM"
 ours, oracle = getattr(ops, name), getattr(reference, name)
 arguments = 2 if name == "layer_norm" else 1
 # Widths in vectors of 16 bytes: a row of 8, 32, 128 and 512 threads, rows read again. Odd widths,
@@ -32,8 +31,10 @@ for dtype in (torch.float32, torch.bfloat16):
     for shift, rows, vectors in SHAPES:
         cols = vectors * 16 // dtype.itemsize + (shift and 3)
         for form in ("plain", "residual", "fp32_weight", "no_weight"):
-            if form in ("fp32_weight", "no_weight") and vectors > 512:
+            if form in ("fp32_weight", "no_weight") and vectors > 128:
                 continue
+            if vectors > 2000 and (form == "residual") != (dtype == torch.float32):
+                continue  # the slowest by far: each form once
             x = torch.randn(rows, cols, dtype=dtype) + (3 if form == "plain" else 0)
             like = torch.float32 if form == "fp32_weight" else dtype
             w = [torch.randn(cols + shift, dtype=like) for _ in range(arguments)]
@@ -54,8 +55,8 @@ for dtype in (torch.float32, torch.bfloat16):
 @pytest.mark.parametrize("stem", ["rms_norm", "layer_norm"])
 def test_norms(tmp_path, stem):
     folder = emulated(stem, tmp_path)
-    own_tests(stem, folder, "empty or strided or names_the_argument or far_above")
-    run(folder, "-c", NORMS, stem)
+    which = "empty or strided or names_the_argument or far_above"
+    own_tests(stem, folder, which, NORMS.replace("STEM", stem))
 
 
 def test_activation(tmp_path):
@@ -106,8 +107,7 @@ def test_rope_append(tmp_path):
     folder = emulated("rope_append", tmp_path)
     each = "(plain and float32) or (norms and float16) or (pages and bfloat16)"
     which = f"(matches and ({each})) or only_the_new or (any_strides and bfloat16) or nothing_new"
-    own_tests("rope_append", folder, which)
-    run(folder, "-c", BAD_PLACES)
+    own_tests("rope_append", folder, which, BAD_PLACES)
 
 
 # What only the device sees: lengths beyond the cache, pages that do not exist. And a token alone
@@ -155,8 +155,7 @@ def test_decode_attention(tmp_path):
     )
     forms += " or (matches and window and int64 and not 1100 and not 1300)"
     forms += " or (matches and all_keys and full and (1100 or 300) and bfloat16) or (paged and 7)"
-    own_tests("decode_attention", folder, f"not torch- and not -torch and ({forms})")
-    run(folder, "-c", DECODING)
+    own_tests("decode_attention", folder, f"not torch- and not -torch and ({forms})", DECODING)
 
 
 # Rows of whole vectors: all in registers, and with a rest that is read again.
@@ -166,8 +165,10 @@ from fastlm import ops, reference
 from fastlm.testing import check
 from tests_of_operator import OPTIONS, baseline, options
 torch.manual_seed(0)
-for dtype, shape in ((torch.float32, (2, 8400)), (torch.bfloat16, (2, 16800))):
-    for form in OPTIONS:
+CASES = [(torch.float32, (2, 8400), ("plain", "all")), (torch.bfloat16, (2, 16800), OPTIONS),
+         (torch.bfloat16, (3, 104), OPTIONS)]
+for dtype, shape, forms in CASES:
+    for form in forms:
         x, target = torch.randn(shape, dtype=dtype) * 3, torch.randint(0, shape[1], shape[:1])
         kw = options(form, shape)
         check(
@@ -175,19 +176,19 @@ for dtype, shape in ((torch.float32, (2, 8400)), (torch.bfloat16, (2, 16800))):
             lambda x: baseline(x, target, kw),
             lambda x: reference.cross_entropy(x, target, **kw),
             [x],
-            draws=8,
+            draws=2 if shape[1] > 1000 else 16,
         )
 """
 
 
 def test_cross_entropy(tmp_path):
     folder = emulated("cross_entropy", tmp_path)
-    which = "(matches and (101 or (9001 and bfloat16)))"
+    which = "(matches and ((101 and float32) or (9001 and bfloat16)))"
     which += " or alone or single_class or stay or growing or extreme"
     which += (
         " or undefined or ignored or empty or strided or (names_the_argument and not IndexError)"
     )
-    own_tests("cross_entropy", folder, which, half=False)
+    own_tests("cross_entropy", folder, which, ALIGNED_LOSSES, half=False)
 
 
 # The weight lies by rows, which the facade does not keep on a CPU: the operator is called itself.
@@ -240,7 +241,7 @@ for wrong in (torch.randn(17, 256), torch.randn(2, 128)):
 
 
 def test_quantized_linear(tmp_path):
-    run(emulated("quantized_linear", tmp_path), "-c", QUANTIZED)
+    own_tests("quantized_linear", emulated("quantized_linear", tmp_path), script=QUANTIZED)
 
 
 # Logits that stay in registers and, few but wide apart or many and alike, ones that do not.
@@ -285,5 +286,4 @@ for view in (wide[:, 0, :400], wide[:, 0, 1:401], wide[:, 0, ::2], wide.transpos
 
 def test_sample(tmp_path):
     folder = emulated("sample", tmp_path)
-    own_tests("sample", folder, "temperatures or names_the_argument")
-    run(folder, "-c", SAMPLES)
+    own_tests("sample", folder, "temperatures or names_the_argument", SAMPLES)

@@ -11,11 +11,12 @@ namespace emulator {
 
 dim3 thread_index, block_index, block_size, grid_size;
 Block* block = nullptr;
+std::vector<std::unique_ptr<Fiber>> fibers;
+std::vector<Warp> warps;
 uint64_t block_epoch = 0;
 
 namespace {
 
-std::vector<std::unique_ptr<char[]>> stacks;  // kept from block to block
 void (*body)(const void*);
 const void* arguments;
 
@@ -37,7 +38,8 @@ void wait(Barrier& barrier, unsigned members, Place place, const char* what) {
   if (barrier.arrived == 0) {
     barrier.place = place;
     barrier.first = block->current;
-  } else if (barrier.place.line != place.line || strcmp(barrier.place.file, place.file) != 0) {
+  } else if (barrier.place.line != place.line ||
+             (barrier.place.file != place.file && strcmp(barrier.place.file, place.file) != 0)) {
     const std::string why = std::string("waits at ") + what + " of " + text(place) +
                             " while thread " + std::to_string(barrier.first) + " waits at " +
                             text(barrier.place);
@@ -50,7 +52,7 @@ void wait(Barrier& barrier, unsigned members, Place place, const char* what) {
     if (&barrier == &block->all) ++block_epoch;
     return;
   }
-  Fiber& self = block->fibers[block->current];
+  Fiber& self = *fibers[block->current];
   self.waits = &barrier;
   self.waited = generation;
   if (_setjmp(self.place) == 0) _longjmp(block->scheduler, 1);
@@ -58,9 +60,12 @@ void wait(Barrier& barrier, unsigned members, Place place, const char* what) {
 }
 
 void enter() {
-  body(arguments);
-  block->fibers[block->current].done = true;
-  _longjmp(block->scheduler, 1);
+  for (;;) {
+    body(arguments);
+    Fiber& self = *fibers[block->current];
+    self.done = true;
+    if (_setjmp(self.place) == 0) _longjmp(block->scheduler, 1);
+  }
 }
 
 void resume(Fiber& fiber) {
@@ -76,43 +81,42 @@ std::string stuck() {
   std::string last;
   unsigned from = 0;
   const auto state = [&](unsigned t) {
-    const Fiber& f = block->fibers[t];
+    const Fiber& f = *fibers[t];
     return f.done ? std::string("ended") : "waits at " + text(f.waits->place);
   };
-  for (unsigned t = 0; t < block->fibers.size(); ++t) {
+  for (unsigned t = 0; t < block->threads; ++t) {
     if (t > 0 && state(t) == last) continue;
     if (t > 0) said += " to " + std::to_string(t - 1) + " " + last + ",";
     last = state(t);
     from = t;
     said += " thread " + std::to_string(from);
   }
-  return said + " to " + std::to_string(block->fibers.size() - 1) + " " + last;
+  return said + " to " + std::to_string(block->threads - 1) + " " + last;
 }
 
 void run_block() {
   const unsigned threads = block_size.x * block_size.y * block_size.z;
   Block& self = *block;
   ++block_epoch;
-  self.fibers.clear();
-  self.fibers.resize(threads);
-  self.warps.assign((threads + 31) / 32, Barrier());
-  self.warp_order.assign(self.warps.size(), 0);
+  self.threads = threads;
   self.all = Barrier();
-  while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);
-  for (unsigned t = 0; t < threads; ++t) {
-    ucontext_t& context = self.fibers[t].context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks[t].get();
-    context.uc_stack.ss_size = kStack;
-    makecontext(&context, enter, 0);
+  warps.resize((threads + 31) / 32);
+  for (Warp& warp : warps) warp.barrier = Barrier(), warp.order = 0;
+  while (fibers.size() < threads) {
+    Fiber& fiber = *fibers.emplace_back(new Fiber);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    makecontext(&fiber.context, enter, 0);
   }
+  for (unsigned t = 0; t < threads; ++t) fibers[t]->done = false;
   begin_block();
   unsigned alive = threads;
   for (int64_t round = block_index.x; alive > 0; ++round) {
     bool moved = false;
     for (unsigned i = 0; i < threads; ++i) {  // upwards and downwards by turns
       const unsigned t = round % 2 == 0 ? i : threads - 1 - i;
-      Fiber& fiber = self.fibers[t];
+      Fiber& fiber = *fibers[t];
       if (fiber.done || (fiber.waits != nullptr && fiber.waits->generation == fiber.waited)) {
         continue;
       }
@@ -131,32 +135,27 @@ void run_block() {
 
 }  // namespace
 
-char* stack_of(unsigned thread) { return stacks[thread].get(); }
-
 void fail(const char* why) {
   block->fault = "thread " + std::to_string(block->current) + " " + why;
   _longjmp(block->scheduler, 1);
 }
 
-void sync_block(Place place) {
-  wait(block->all, static_cast<unsigned>(block->fibers.size()), place, "__syncthreads");
-}
+void sync_block(Place place) { wait(block->all, block->threads, place, "__syncthreads"); }
 
 void sync_warp(unsigned mask, Place place) {
   whole_warp(mask);
-  Barrier& warp = block->warps[block->current / 32];
-  const bool last = warp.arrived == 31;
-  if (last) ++block->warp_order[block->current / 32];
-  wait(warp, 32, place, "__syncwarp");
+  Warp& warp = warps[block->current / 32];
+  if (warp.barrier.arrived == 31) ++warp.order;
+  wait(warp.barrier, 32, place, "__syncwarp");
 }
 
 void exchange(const void* mine, unsigned bytes, unsigned lane, unsigned count, void* out,
               Place place) {
   if (bytes > 64) fail("exchanges more than the emulator holds");
-  Barrier& warp = block->warps[block->current / 32];
-  char* values = warp.values[warp.generation % 2];
+  Warp& warp = warps[block->current / 32];
+  char* values = warp.values[warp.barrier.generation % 2];
   memcpy(values + block->current % 32 * bytes, mine, bytes);
-  wait(warp, 32, place, "a shuffle");
+  wait(warp.barrier, 32, place, "a shuffle");
   memcpy(out, values + lane * bytes, size_t{count} * bytes);
 }
 
@@ -181,6 +180,7 @@ void run(const char* kernel, void (*call)(const void*), const void* closure, dim
   }
   block = nullptr;
   if (self.fault.empty()) return;
+  fibers.clear();  // they stopped in the middle
   const std::string where = std::to_string(block_index.x) +
                             (grid.y * grid.z == 1 ? ""
                                                   : ", " + std::to_string(block_index.y) + ", " +

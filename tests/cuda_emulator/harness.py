@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 EMULATOR = Path(__file__).resolve().parent
 ROOT = EMULATOR.parent.parent
+KEPT = ROOT / "build/cuda-emulator"
 sys.path.insert(0, str(ROOT / "build_support"))
 import native  # noqa: E402
 
@@ -57,7 +60,7 @@ def compile_kernels(source: Path, folder: Path, *objects: Path) -> Path:
     watched = ["-O1", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
     watched += [f"-I{translated}", f"-I{ROOT / 'csrc'}"]
     made = [_compile(kernels, folder, *watched)]
-    made += [_compile(EMULATOR / f"{name}.cpp", folder, "-O2") for name in ("emulator", "memory")]
+    made += _emulator()
     library = folder / "emulated.so"
     torch = native.find_torch()
     command = ["g++", "-shared", "-o", library, *made, *objects]
@@ -68,7 +71,7 @@ def compile_kernels(source: Path, folder: Path, *objects: Path) -> Path:
 def emulated(stem: str, folder: Path) -> Path:
     """A folder holding the package, with csrc/cuda/<stem>.cu in place of its CPU kernels."""
     torch = native.find_torch()
-    flags = ["-O1", f"-I{ROOT / 'csrc'}", "-isystem", f"{torch / 'include'}"]
+    flags = ["-O0", f"-I{ROOT / 'csrc'}", "-isystem", f"{torch / 'include'}"]
     flags += [f"-DTORCH_TARGET_VERSION={native.ABI_TARGET}", "-DTORCH_STABLE_ONLY"]
     for kind in ("const", "mutable"):
         flags.append(f"-Dtorch_get_{kind}_data_ptr=emulated_{kind}_data_ptr")
@@ -83,24 +86,48 @@ def emulated(stem: str, folder: Path) -> Path:
     return folder
 
 
-def run(folder: Path, *command: str) -> None:
-    """Python with the folder's package; fails with what it said."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+def own_tests(
+    stem: str, folder: Path, which: str = "", script: str = "", *, half: bool = True
+) -> None:
+    """Runs some of the operator's own tests, and a script, on the emulated kernels.
 
-
-def own_tests(stem: str, folder: Path, which: str, *, half: bool = True) -> None:
-    """Runs some of the operator's own tests on the emulated kernels; not `half`: no fp16."""
-    which = f"({which}) and not [torch- and not -torch- and not -torch]"  # PyTorch's own
-    if not half:
-        which += " and not (float16 and not bfloat16)"
-    tests = folder / "tests_of_operator.py"
-    shutil.copy(ROOT / f"tests/ops/test_{stem}.py", tests)
+    All in one process, which pays for its imports once. Not `half`: no fp16.
+    """
+    own, scripts = folder / "tests_of_operator.py", folder / "test_script.py"
+    shutil.copy(ROOT / f"tests/ops/test_{stem}.py", own)  # a script may import it, too
     shutil.copy(ROOT / "tests/conftest.py", folder)  # the seed
-    run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which, str(tests))
+    tests = []
+    if which:
+        which = f"({which}) and not [torch- and not -torch- and not -torch]"  # PyTorch's own
+        which += "" if half else " and not (float16 and not bfloat16)"
+        tests = ["-k", f"test_script or ({which})", str(own)]
+    if script:
+        (folder / "script.py").write_text(script)
+        scripts.write_text("def test_script():\n    import script\n")
+        tests.append(str(scripts))
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+
+
+def _emulator() -> list[Path]:
+    """The emulator's own objects, compiled once and kept under a digest of their sources."""
+    digest = hashlib.sha256(repr(FLAGS).encode())
+    for file in (*sorted(EMULATOR.glob("*.h")), *sorted(EMULATOR.glob("*.cpp")), Path(__file__)):
+        digest.update(file.read_bytes())
+    kept = KEPT / digest.hexdigest()[:16]
+    names = ("emulator", "memory")
+    if not kept.exists():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=KEPT))  # others may compile the same at this moment
+        for name in names:
+            _compile(EMULATOR / f"{name}.cpp", fresh, "-O2")
+        try:
+            fresh.rename(kept)
+        except OSError:
+            shutil.rmtree(fresh)
+    return [kept / f"{name}.o" for name in names]
 
 
 def _compile(source: Path, folder: Path, *flags: str, name: str = "") -> Path:

@@ -88,7 +88,7 @@ void touch_shared(const char* p, unsigned bytes, bool write, const void* code) {
     if (at >= array.at && at + bytes <= array.at + array.bytes) found = &array;
   }
   if (found == nullptr) outside(at, bytes, write, code);
-  const uint32_t self = block->current, warp = self / 32, order = block->warp_order[warp];
+  const uint32_t self = block->current, warp = self / 32, order = warps[warp].order;
   for (size_t i = at; i < at + bytes; ++i) {
     Shadow& s = shadow[i];
     uint32_t other = kMany;
@@ -165,7 +165,7 @@ int find_image(dl_phdr_info* info, size_t, void*) {
 void touch(const void* address, unsigned bytes, bool write, const void* code) {
   if (block == nullptr) return;  // the launcher's own code
   const char* p = static_cast<const char*>(address);
-  const char* stack = stack_of(block->current);
+  const char* stack = fibers[block->current]->stack.get();
   if (p >= stack && p < stack + kStack) return;
   if (p >= arena && p < arena + kArena) return touch_shared(p, bytes, write, code);
   if (!write && p >= image.begin && p < image.end) return;
