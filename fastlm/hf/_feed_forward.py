@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,15 +54,18 @@ def match_feed_forward(module: nn.Module, device: torch.device) -> Match:
     if not roles:
         return "its linear maps do not fit together"
     x = _probe.random((3, linears[roles[0].up].in_features), 0).to(device)
-    calls: _probe.Calls = [((x,), {})]
+    adds = list(inspect.signature(type(module).forward).parameters)[2:] == ["residual"]
+    calls: _probe.Calls = [((x, _probe.random(x.shape, 1, x)) if adds else (x,), {})]
+    rates = tuple(n for n, v in module.__dict__.items() if "drop" in n and isinstance(v, float))
     for role in roles:
-        forward = feed_forward(role, kind, tuple(dropouts))
+        forward = feed_forward(role, kind, tuple(dropouts), rates)
         try:
             _probe.compare(module, forward, calls)
         except Exception:
             continue
         form = "gated " if role.gate else ""
-        return Candidate(("feed_forward",), f"feed_forward ({form}{kind})", forward, [])
+        text = f"feed_forward ({form}{kind}{', residual' if adds else ''})"
+        return Candidate(("feed_forward",), text, forward, [])
     return "the trial run differs for every assignment of its linear maps"
 
 
@@ -98,11 +102,17 @@ def _roles(linears: dict[str, nn.Linear]) -> list[Roles]:
     return found
 
 
-def feed_forward(roles: Roles, kind: str, dropouts: tuple[str, ...]) -> Callable[..., Any]:
-    """The forward of a patched feed-forward block; linear maps are looked up by name."""
+def feed_forward(
+    roles: Roles, kind: str, dropouts: tuple[str, ...], rates: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    """The forward of a patched feed-forward block; linear maps are looked up by name.
+
+    dropouts, rates: modules and numbers of the block that drop something out in training, which is
+    left to the class's own forward.
+    """
     up, down, gate = roles.up, roles.down, roles.gate
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
+    def forward(self: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
         parts: dict[str, Any] = self._modules
         i, o = parts[up], parts[down]
         g = i if gate is None else parts[gate]
@@ -110,9 +120,9 @@ def feed_forward(roles: Roles, kind: str, dropouts: tuple[str, ...]) -> Callable
             not is_plain(i)
             or not is_plain(o)
             or not (g is i or is_plain(g))
-            or (self.training and any(getattr(parts[d], "p", 0.0) for d in dropouts))
+            or (self.training and _drops(self, dropouts, rates))
         ):
-            return type(self).forward(self, x)
+            return type(self).forward(self, x, *([] if residual is None else [residual]))
         a, b, c = i._parameters, o._parameters, g._parameters
         w_in, b_in, w_gate, b_gate = a["weight"], a["bias"], c["weight"], c["bias"]
         if roles.halves:
@@ -120,7 +130,7 @@ def feed_forward(roles: Roles, kind: str, dropouts: tuple[str, ...]) -> Callable
             b_gate, b_in = (None, None) if b_in is None else _halves(b_in, roles.gate_first)
         elif gate is None:
             w_gate = b_gate = None
-        return ops.feed_forward(
+        made = ops.feed_forward(
             x,
             w_in,
             b["weight"],
@@ -130,8 +140,15 @@ def feed_forward(roles: Roles, kind: str, dropouts: tuple[str, ...]) -> Callable
             b_gate=b_gate,
             activation=kind,
         )
+        return made if residual is None else made + residual
 
     return forward
+
+
+def _drops(module: nn.Module, dropouts: tuple[str, ...], rates: tuple[str, ...]) -> bool:
+    return any(getattr(module._modules[d], "p", 0.0) for d in dropouts) or any(
+        module.__dict__[r] for r in rates
+    )
 
 
 def _halves(x: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:

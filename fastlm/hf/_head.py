@@ -120,6 +120,11 @@ head_forward = _head_forward(linear_forward)
 own_head_forward = _head_forward(nn.Linear.forward)
 
 
+def may_defer(forward: Any) -> bool:
+    """Whether an instance's forward is that of a head which promises its logits."""
+    return getattr(forward, "__func__", None) in (head_forward, own_head_forward)
+
+
 def obstacle(head: Any) -> str:
     """Why a head's weights cannot be read instead of calling it; "" where they can."""
     if type(head) is not nn.Linear:
@@ -182,6 +187,7 @@ def model_forward(cls: type, logits: str) -> Callable[..., Any]:
 
     forward.__signature__ = signature  # type: ignore[attr-defined]  # trainers go by it
     forward.whole = True  # type: ignore[attr-defined]  # verify compares it by loss and logits
+    forward.defers = True  # type: ignore[attr-defined]
     return forward
 
 

@@ -98,18 +98,22 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a linear map may be read instead of called: no subclass, no hooks, no other tool."""
-    if (
-        type(module) is not nn.Linear
-        or module._forward_hooks
+    """Whether a linear map may be read instead of called: nn.Linear or known to compute the same.
+
+    No hooks, no other tool. A subclass is known by the forward that `match_linear` gave it.
+    """
+    forward = module.__dict__.get("forward")
+    if getattr(forward, "__func__", None) is not linear_forward and (
+        forward is not None or type(module) is not nn.Linear
+    ):
+        return False
+    return not (
+        module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or type(module._parameters.get("weight")) not in (nn.Parameter, Tensor)
-    ):
-        return False
-    forward = module.__dict__.get("forward")
-    return forward is None or getattr(forward, "__func__", None) is linear_forward
+    )
 
 
 # Norms.

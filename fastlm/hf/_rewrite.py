@@ -234,12 +234,13 @@ class _Editor(ast.NodeTransformer):
         return found is torch.nn.functional.scaled_dot_product_attention
 
     def _is_method(self, node: ast.Call) -> bool:
-        """self.anything(query, key, value, attention_mask)."""
+        """self.anything(query, key, value, attention_mask), perhaps with output_attentions."""
         func = node.func
         if not (isinstance(func, ast.Attribute) and ast.unparse(func.value) == "self"):
             return False
         names = [ast.unparse(a) for a in node.args]
-        return not node.keywords and names == ["query", "key", "value", "attention_mask"]
+        wanted = ["query", "key", "value", "attention_mask", "output_attentions"]
+        return not node.keywords and names in (wanted, wanted[:-1])
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         return self._eager(node)

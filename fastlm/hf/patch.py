@@ -318,7 +318,7 @@ class _Patcher:
             self.made._install(module, "_loss_function", causal_lm_loss)
             self._note(path, module, "replaced", "cross_entropy (loss_function)", stems)
         forward = module.__dict__.get("forward")
-        if fused and (not is_ours(forward) or _decodes_only(forward)):
+        if fused and (not is_ours(forward) or _decodes_only(forward) or _renewed(module)):
             self._head(path, module)
 
     def _decode(self, path: str, module: Any) -> None:
@@ -371,7 +371,8 @@ class _Patcher:
             from fastlm.hf import decode
 
             whole = decode.forward(type(module), whole)
-        for target, forward in ((head, ours), (module, whole)):
+        installed = ((head, ours), (module, whole))
+        for target, forward in installed[:1] if _renewed(module) else installed:
             self.made._install(target, "forward", types.MethodType(_marked(forward), target))
         text = f"{stem} (logits: {self.made.logits})"
         self._note(path, module, "replaced", text, (stem,))
@@ -392,6 +393,14 @@ def is_ours(forward: Any) -> bool:
 def _decodes_only(forward: Any) -> bool:
     """Whether a forward of ours brings a decode plan to the model's own and nothing else."""
     return getattr(forward, "inner", None) is type(forward.__self__).forward
+
+
+def _renewed(module: Any) -> bool:
+    """Whether a patched model has got another head since, as by resize_token_embeddings."""
+    forward, head = module.__dict__.get("forward"), module.get_output_embeddings()
+    inner = getattr(forward, "inner", getattr(forward, "__func__", None))
+    defers = getattr(inner, "defers", False)
+    return defers and not _head.may_defer(head.__dict__.get("forward"))
 
 
 def unpatch(model: nn.Module) -> int:

@@ -66,8 +66,9 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
     The rule is that of the kernels: an error against float64 is at most twice the error of the
     model in its own dtype, or one rounding of the typical value (of a gradient, four in fp32).
     Errors are root mean squares, over the tokens that count; they are taken of one module of each
-    replaced kind, of the logits, the loss and every gradient (that of a parameter over all layers
-    that have it). Logits and loss are judged over sixteen inputs of verify's own making; a loss of
+    replaced kind (its result, and the gradients of its inputs and parameters, of which the worst
+    counts), of the logits, the loss and every gradient (that of a parameter over all layers that
+    have it). Logits and loss are judged over sixteen inputs of verify's own making; a loss of
     given inputs, a single number that can be right by chance, is not judged more finely than the
     logits it comes from. All elements of a gradient can share one error, of a dominant token say,
     and then there is luck in theirs and ours: where one is over its budget, all are judged again
@@ -105,7 +106,10 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
             with _recorded(model, replaced) as calls:
                 theirs = _run(model, first, names)
         _pool(pooled, model, exact_model, theirs, first, names)
-        modules = [*_modules(model, exact_model, calls), *_steps(model, exact_model)]
+        modules = [
+            *_modules(model, exact_model, calls, bool(names)),
+            *_steps(model, exact_model),
+        ]
 
         def more(seeds: range, names: list[str]) -> None:
             for seed in seeds:
@@ -152,12 +156,18 @@ class _Squares:
         self.size += float(exact.double().square().sum())
         self.count += exact.numel()
 
-    def error(self, name: str, dtype: torch.dtype) -> Error:
-        """Root mean squares and the budget."""
+    def merge(self, other: _Squares) -> None:
+        """Adds what another counted."""
+        self.ours, self.theirs = self.ours + other.ours, self.theirs + other.theirs
+        self.size, self.count = self.size + other.size, self.count + other.count
+        self.draws += other.draws
+
+    def error(self, name: str, dtype: torch.dtype, gradient: bool = False) -> Error:
+        """Root mean squares and the budget; a gradient's, where it is one or is named so."""
         n = max(self.count, 1)
         ours, theirs, typical = ((x / n) ** 0.5 for x in (self.ours, self.theirs, self.size))
         floor = torch.finfo(dtype).eps
-        if name.startswith("gradient of "):
+        if gradient or name.startswith("gradient of "):
             # Factors that all elements share, a mean's 1/n for one, are single fp32 numbers
             # whatever the dtype: four roundings of such, where PyTorch happened to make none.
             floor = max(floor, 4 * torch.finfo(torch.float32).eps)
@@ -305,25 +315,77 @@ def _recorded(model: nn.Module, paths: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _detached(value: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, value)
+    """Tensors apart from the graph that made them; which of them had one is kept."""
+
+    def alone(x: Any) -> Any:
+        return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    return torch.utils._pytree.tree_map(alone, value)
 
 
-def _modules(model: nn.Module, exact_model: nn.Module, calls: dict[str, Any]) -> Iterator[Error]:
-    """The forward error of single modules, on what they were called with in the model."""
+def _modules(
+    model: nn.Module, exact_model: nn.Module, calls: dict[str, Any], gradients: bool
+) -> Iterator[Error]:
+    """The errors of single modules, on what they were called with in the model."""
     dtype = _dtype(model)
-    with torch.no_grad():
-        for path, (args, kwargs) in calls.items():
-            module = model.get_submodule(path)
-            ours = module(*args, **kwargs)
-            with suspended(module):
-                theirs = module(*args, **kwargs)
-            with float64():
-                wide = doubled((args, kwargs))
-                exact = exact_model.get_submodule(path)(*wide[0], **wide[1])
-            three = [x[0] if isinstance(x, tuple) else x for x in (ours, theirs, exact)]
-            squares = _Squares()
-            squares.add(*three)
-            yield squares.error(f"{path} ({type(module).__name__})", dtype)
+    for path, call in calls.items():
+        name = f"{path} ({type(model.get_submodule(path)).__name__})"
+        with torch.no_grad():
+            squares = _three(model, exact_model, path, call, -1)["result"]
+        yield squares.error(name, dtype)
+        if not gradients:
+            continue
+        pooled: dict[str, _Squares] = {}
+        # As of the whole model: one draw can be luck, so what is over is judged over sixteen.
+        for draws in (range(1), range(1, FEWEST)):
+            for seed in draws:
+                for part, squares in _three(model, exact_model, path, call, seed).items():
+                    pooled.setdefault(part, _Squares()).merge(squares)
+            errors = [s.error(name, dtype, gradient=True) for s in pooled.values()]
+            if all(e.ok for e in errors):
+                break
+        if errors:
+            worst = max(errors, key=lambda e: e.ours / e.allowed if e.allowed else e.ours)
+            yield replace(worst, name=f"{name}, backward")
+
+
+def _three(
+    model: nn.Module, exact_model: nn.Module, path: str, call: Any, seed: int
+) -> dict[str, _Squares]:
+    """One module, patched and not, against float64: its result; its gradients for a seed >= 0."""
+    module = model.get_submodule(path)
+    ours = _called(module, call, seed)
+    with suspended(module):
+        theirs = _called(module, call, seed)
+    with float64():
+        exact = _called(exact_model.get_submodule(path), doubled(call), seed)
+    made: dict[str, _Squares] = {}
+    for part in ours.keys() & theirs.keys():
+        made[part] = _Squares()
+        made[part].add(ours[part], theirs[part], exact[part])
+    return made
+
+
+def _called(module: nn.Module, call: Any, seed: int) -> dict[str, Tensor]:
+    """The (first) result of a module; or its gradients, for random ones of that result."""
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(x: Any) -> Any:
+        if seed < 0 or not isinstance(x, Tensor) or not x.requires_grad:
+            return x
+        return leaves.setdefault(f"input {len(leaves)}", x.detach().clone().requires_grad_())
+
+    args, kwargs = torch.utils._pytree.tree_map(leaf, call)
+    out = module(*args, **kwargs)
+    out = out[0] if isinstance(out, (tuple, list)) else out
+    if seed < 0:
+        return {"result": out}
+    if not out.requires_grad:
+        return {}
+    leaves |= {n: p for n, p in module.named_parameters() if p.requires_grad}
+    weights = _probe.random(out.shape, seed + 31, out).to(out.dtype)
+    made = torch.autograd.grad(out, list(leaves.values()), weights, allow_unused=True)
+    return {n: g for n, g in zip(leaves, made, strict=True) if g is not None}
 
 
 def _steps(model: nn.Module, exact_model: nn.Module) -> Iterator[Error]:

@@ -14,7 +14,6 @@ from tools.architectures import ROWS, small
 
 # What a patch of the architecture brings in at least; where nothing is said: everything.
 FULL = {"attention", "linear", "cross_entropy", "linear_cross_entropy"}
-WITHOUT_ATTENTION = {"openai-gpt"}
 # nothing of transformers' interface
 OWN_ATTENTION = {"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "xglm"}
 
@@ -37,7 +36,7 @@ def test_architecture(name):
             sys.modules[type(model).__module__]
         )
         done = {s for e in patch.entries if e.state == "replaced" for s in e.stems}
-        assert done >= FULL - ({"attention"} if own or name in WITHOUT_ATTENTION else set())
+        assert done >= FULL - ({"attention"} if own else set())
         assert done & {"rms_norm", "layer_norm"}
         assert list(model.state_dict()) == keys
         made = logits(model, ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -55,6 +57,40 @@ def test_weights_for_those_who_ask(name):
         as_accurate(*three)
 
 
+def test_a_number_that_no_score_comes_near_hides_as_well():
+    """openai-gpt hides by -1e4: a kernel's mask while all scores are small, which is looked at."""
+    model = small("openai-gpt")
+    right = MASK.flip(1)
+
+    def run(model, mask=None, factor=1.0):
+        model = copy.deepcopy(model)
+        model.transformer.h[0].attn.c_attn.weight.data.mul_(factor)
+        out = model(IDS, attention_mask=mask, labels=IDS)
+        out.loss.backward()
+        gradient = model.transformer.h[0].attn.c_attn.weight.grad.flatten()
+        kept = (torch.ones_like(IDS) if mask is None else mask).bool()
+        return out.logits[kept].detach(), gradient / gradient.norm()
+
+    for options, calls in (
+        ({}, 2),
+        ({"mask": right}, 2),
+        ({"mask": MASK}, 0),  # queries that see no key
+        ({"factor": 1e4}, 1),  # scores of thousands
+    ):
+        expected, exact = run(model, **options), exactly(run, model, **options)
+        with fastlm.patch(model), _registry.recording() as verdicts:
+            made = run(model, **options)
+        assert [v.stem for v in verdicts].count("attention") == calls, options
+        for three in zip(made, expected, exact, strict=True):
+            as_accurate(*three)
+    with torch.no_grad(), fastlm.patch(model):
+        expected = model(IDS).logits
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(IDS).logits, expected)
+        weights = model(IDS, output_attentions=True).attentions
+    assert len(weights) == 2 and all(torch.is_tensor(w) for w in weights)
+
+
 def test_alibi():
     config = transformers.FalconConfig(
         vocab_size=128,
@@ -75,9 +111,10 @@ def test_alibi():
 class Own(nn.Module):
     """A method as GPT-J has it, with something of its own."""
 
-    def __init__(self, scale=0.25, seen=None, power=1.0, head_dim=16):
+    def __init__(self, scale=0.25, seen=None, power=1.0, head_dim=16, low=-torch.inf):
         super().__init__()
         self.seen, self.scale, self.power, self.head_dim = seen, scale, power, head_dim
+        self.low = low
         self.bias = nn.Buffer(torch.ones(1, 1, 32, 32, dtype=torch.bool))
         self.proj = nn.Linear(1, 1)
 
@@ -85,7 +122,7 @@ class Own(nn.Module):
         scores = query @ key.transpose(-1, -2) * self.scale
         t = torch.arange(scores.shape[-1])
         if self.seen is not None:
-            scores = scores.masked_fill(~self.seen(t[:, None], t), -torch.inf)
+            scores = scores.masked_fill(~self.seen(t[:, None], t), self.low)
         weights = scores.softmax(-1) ** self.power
         return weights @ value, weights
 
@@ -107,6 +144,8 @@ def test_what_a_method_does_is_measured():
     for options, reason in (
         ({"seen": lambda i, j: (j <= i) & (j % 3 != 1)}, "hides keys in another way"),
         ({"head_dim": None}, "has heads of unknown size"),
+        ({"seen": lambda i, j: j <= i, "low": -5.0}, "hides keys in another way"),
+        ({"seen": lambda i, j: (j <= i) & (j > i - 4), "low": -1e4}, "by a number that scores can"),
     ):
         assert reason in match_method(Own(**options), ("_attn",))
     assert "could not be tried" in match_method(Own(), ("missing",))

@@ -64,6 +64,38 @@ def test_a_wrong_kernel_is_found():
     assert "model.layers.0.mlp (LlamaMLP)" not in bad
 
 
+def test_a_wrong_gradient_of_a_module_is_found():
+    """Its results are right: only the backward pass of single modules tells which one it is."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 1.001
+
+    model = tiny()
+    with fastlm.patch(model):
+        norm = model.model.norm
+        good = norm.__dict__["forward"]
+
+        def wrong(self, x, residual=None):
+            return good(Wrong.apply(x), residual)
+
+        wrong.fastlm = True
+        norm.__dict__["forward"] = types.MethodType(wrong, norm)
+        report = fastlm.verify(model)
+        assert not any("backward" in e.name for e in fastlm.verify(model, gradients=False).errors)
+        norm.__dict__["forward"] = good
+    errors = {e.name: e for e in report.errors}
+    assert not errors["model.norm (LlamaRMSNorm), backward"].ok
+    assert errors["model.norm (LlamaRMSNorm)"].ok and errors["logits"].ok
+    others = [e for n, e in errors.items() if n.endswith("backward") and "model.norm" not in n]
+    assert len(others) >= 5 and all(e.ok for e in others), report
+
+
 def test_a_wrong_loss_is_found(monkeypatch):
     made = importlib.import_module("fastlm.hf.patch")
     good = made.causal_lm_loss
@@ -78,7 +110,9 @@ def test_a_wrong_loss_is_found(monkeypatch):
 
 def test_any_module_with_inputs():
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
-    assert fastlm.verify(model, {"input": torch.randn(3, 8)}).ok
+    report = fastlm.verify(model, {"input": torch.randn(3, 8)})
+    assert report.ok and len([e for e in report.errors if "gradient of" in e.name]) == 4
+    assert all(e.torch < 1e-5 for e in report.errors), report  # of the same cotangent in float64
     with pytest.raises(TypeError, match="verify: inputs must be given"):
         fastlm.verify(model)
     with pytest.raises(TypeError, match=r"verify: model must be a torch.nn.Module, got str"):
@@ -123,6 +157,25 @@ def test_coverage():
         assert coverage(model, {"input": torch.randn(64, 1, 512)}).modules == 1
     # with nothing but PyTorch's own products and functions, nothing is ours
     assert coverage(nn.Conv1d(1, 1, 3), {"input": torch.randn(2, 1, 64)}).time == 0
+
+
+def test_the_share_of_time_is_of_a_warm_pass_and_nothing_else_is_printed(capfd):
+    """A first pass pays for memory that it touches first: here some 50 ms of one operator."""
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.calls = nn.Linear(64, 64), 0
+
+        def forward(self, input):
+            self.calls += 1
+            size = 2**23 if self.calls in (1, 2, 7) else 2  # at first, and once again
+            return self.linear(input) + torch.zeros(size)[0]
+
+    made = coverage(Slow(), {"input": torch.randn(4096, 64)})
+    assert made.time > 0.3 and dict(made.others).get("aten::zeros", 0) < 0.3, made
+    fastlm.explain(tiny())
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_decoder_of_ones_own_is_called_by_its_own_names():
