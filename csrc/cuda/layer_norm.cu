@@ -3,9 +3,9 @@
 // Algorithm  norm.cuh with a mean: a row stays in the registers of its threads for the mean, the
 //            squares around it and the scaling; backward keeps partial dw and db of a run of rows
 //            in registers, writes one of each per run; a second kernel sums those in order
-// Tile       8 threads a row (16 rows a block), 32 (4 rows), or a block of 128 or 512 threads a
-// row,
-//            4 vectors of 16 bytes each, 2 in the backward; longer or unaligned rows are read again
+// Tile       8 threads a row (16 rows a block), 32 (4 rows), or a block of 128 or 512 a row,
+//            4 vectors of 16 bytes each, 2 in the backward; longer or unaligned rows are read
+//            again; few rows of 32768 columns or more are cut into pieces (norm_pieces.cuh)
 // Traffic    forward reads x (and residual) once, writes y (and the sum); backward reads g and s
 //            once, writes dx and 2 * runs * cols floats
 // Numerics   fp32; two passes, the mean corrected by the second; sums in a fixed order that depends

@@ -1,77 +1,12 @@
-// What rms_norm and layer_norm share on the GPU: layouts, the two kernels, their launches.
+// What rms_norm and layer_norm share on the GPU: the two kernels and their launches.
 // kCentered: subtract the mean (layer_norm). A row's mean is summed first, then corrected by the
 // sum of what is left, so that a mean far above the spread costs no digits.
 #pragma once
-#include <cuda_runtime.h>
-
-#include "ops/norm.h"
-#include "reduce.cuh"
-#include "vec.cuh"
+#include "norm_layout.cuh"
+#include "norm_pieces.cuh"
 
 namespace fastlm::cuda {
 namespace {
-
-// How a row is laid over threads. kHeld vectors of kVec elements per thread stay in registers;
-// kHeld = 0 reads rows of any length, again for every further pass.
-template <int kVec_, int kThreads_, int kHeld_>
-struct Layout {
-  static constexpr int kVec = kVec_;
-  static constexpr int kThreads = kThreads_;                      // that share a row
-  static constexpr int kBlock = kThreads < 128 ? 128 : kThreads;  // threads of a block
-  static constexpr int kRows = kBlock / kThreads;                 // rows of a block
-  static constexpr int kHeld = kHeld_;
-  static constexpr bool kKeep = kHeld > 0;
-  static constexpr int kSlots = kKeep ? kHeld : 1;
-  static constexpr int kStep = kThreads * kVec;
-};
-
-// Element offsets a thread visits in a row: f(vector index, offset).
-template <class L, class F>
-__device__ inline void for_vectors(int64_t cols, F&& f) {
-  const int first = static_cast<int>(threadIdx.x) % L::kThreads * L::kVec;
-  if constexpr (L::kKeep) {
-#pragma unroll
-    for (int j = 0; j < L::kHeld; ++j) {
-      const int i = first + j * L::kStep;
-      if (i < cols) f(j, static_cast<int64_t>(i));
-    }
-  } else {
-#pragma unroll 2
-    for (int64_t i = first; i < cols; i += L::kStep) f(0, i);
-  }
-}
-
-// 1 / sqrt(squares / cols + eps), rounded once: the hardware's guess (2 ulp) and a Newton step with
-// what the divisions and sums before it lost.
-__device__ inline float rstd_of(float squares, int64_t cols, float eps) {
-  const float n = static_cast<float>(cols);
-  const float mean = squares / n, v = mean + eps;
-  const float lost = fmaf(-mean, n, squares) / n + (eps - (v - mean));
-  const float guess = rsqrtf(v);
-  const float root = v * guess, root_lost = fmaf(v, guess, -root) + lost * guess;
-  const float step = 0.5f * guess * (fmaf(-root, guess, 1.0f) - root_lost * guess);
-  return fabsf(step) < guess ? guess + step : guess;  // v = 0 and infinity keep the guess
-}
-
-// (w + offset) of the columns at i, `missing` without w; `wide`: w is fp32 whatever T is.
-template <class T, int N>
-__device__ inline void load_vector(const void* vector, bool wide, float offset, float missing,
-                                   int64_t i, float (&out)[N]) {
-  if (vector == nullptr) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = missing;
-  } else if (wide) {
-    Vec<float, N> w;
-    w.load(static_cast<const float*>(vector) + i);
-#pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = w[k] + offset;
-  } else {
-    Vec<T, N> w;
-    w.load(static_cast<const T*>(vector) + i);
-#pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = w[k] + offset;
-  }
-}
 
 template <bool kCentered, class T, class L>
 __global__ void __launch_bounds__(L::kBlock) forward_kernel(const NormForward a) {
@@ -287,10 +222,6 @@ __global__ void __launch_bounds__(1024)
   if (lane == 0 && column < cols) from_float(total[0], out + column);
 }
 
-inline unsigned grid_of(int64_t items, int per_block) {
-  return static_cast<unsigned>((items + per_block - 1) / per_block);
-}
-
 template <bool kCentered, class T>
 struct Forward {
   const NormForward& args;
@@ -325,6 +256,14 @@ void with_layout(int64_t cols, bool aligned, const Launch& launch) {
   return launch.template run<Layout<kVec, 512, 0>>();
 }
 
+template <bool kCentered, class T>
+void forward_of(const NormForward& a, bool aligned, cudaStream_t stream) {
+  if (a.pieces != nullptr && aligned && a.cols % kVector<T> == 0) {
+    return forward_in_pieces<kCentered, T>(a, stream);
+  }
+  with_layout<T, 4>(a.cols, aligned, Forward<kCentered, T>{a, stream});
+}
+
 template <bool kCentered>
 int norm_forward(const NormForward& a, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
@@ -332,9 +271,9 @@ int norm_forward(const NormForward& a, void* stream_) {
                        aligned16(a.bias) && aligned16(a.y) && aligned16(a.summed);
   if (a.rows == 0 || a.cols == 0) return cudaSuccess;
   if (a.dtype == DType::kFloat32) {
-    with_layout<float, 4>(a.cols, aligned, Forward<kCentered, float>{a, stream});
+    forward_of<kCentered, float>(a, aligned, stream);
   } else if (a.dtype == DType::kBFloat16) {
-    with_layout<__nv_bfloat16, 4>(a.cols, aligned, Forward<kCentered, __nv_bfloat16>{a, stream});
+    forward_of<kCentered, __nv_bfloat16>(a, aligned, stream);
   } else {
     return cudaErrorInvalidValue;
   }
@@ -356,19 +295,26 @@ inline void sum_runs(const float* partial, void* out, const NormBackward& a, cud
 }
 
 // Two partial sums per column leave registers for half as many columns.
+template <bool kCentered, class T>
+void backward_of(const NormBackward& a, bool aligned, cudaStream_t stream) {
+  constexpr int kHeld = kCentered ? 2 : 4;
+  if (a.pieces != nullptr && aligned && a.cols % kVector<T> == 0) {
+    return backward_in_pieces<kCentered, T>(a, stream);
+  }
+  with_layout<T, kHeld>(a.cols, aligned, Backward<kCentered, T>{a, stream});
+}
+
 template <bool kCentered>
 int norm_backward(const NormBackward& a, void* dweight, void* dbias, void* stream_) {
-  constexpr int kHeld = kCentered ? 2 : 4;
   const auto stream = static_cast<cudaStream_t>(stream_);
   const bool aligned = aligned16(a.grad) && aligned16(a.grad_summed) && aligned16(a.x) &&
                        aligned16(a.weight) && aligned16(a.dx) && aligned16(a.dweight_blocks) &&
                        aligned16(a.dbias_blocks);
   if (a.cols == 0) return cudaSuccess;
   if (a.rows != 0 && a.dtype == DType::kFloat32) {
-    with_layout<float, kHeld>(a.cols, aligned, Backward<kCentered, float>{a, stream});
+    backward_of<kCentered, float>(a, aligned, stream);
   } else if (a.rows != 0 && a.dtype == DType::kBFloat16) {
-    with_layout<__nv_bfloat16, kHeld>(a.cols, aligned,
-                                      Backward<kCentered, __nv_bfloat16>{a, stream});
+    backward_of<kCentered, __nv_bfloat16>(a, aligned, stream);
   } else if (a.rows != 0) {
     return cudaErrorInvalidValue;
   }

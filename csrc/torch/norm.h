@@ -1,4 +1,5 @@
-// What the bindings of rms_norm and layer_norm share: shapes, allocation, splitting into tasks.
+// What the bindings of rms_norm and layer_norm share: checks and contracts on any device, then
+// allocation and splitting into tasks on a CPU.
 #pragma once
 #include "ops/norm.h"
 
@@ -18,16 +19,73 @@ struct Rows {
 };
 
 // Memory safety only: the messages users see come from fastlm/ops/.
-inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  bool same = t.is_cpu() && t.scalar_type() == x.scalar_type() && t.dim() == x.dim();
-  for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
-  STD_TORCH_CHECK(same, name, " does not fit x");
+inline bool beside(const Tensor& t, const Tensor& x) {
+  return x.is_cpu() ? t.is_cpu() : t.is_cuda() && t.get_device_index() == x.get_device_index();
 }
-inline void check_vector(const char* name, const std::optional<Tensor>& t, int64_t cols,
-                         DType dtype) {
-  if (!t) return;
-  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == cols && dtype_of(*t) == dtype, name,
+inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(beside(t, x) && t.scalar_type() == x.scalar_type() && same_sizes(t, x), name,
                   " does not fit x");
+}
+inline void check_vector(const char* name, const std::optional<Tensor>& t, const Tensor& x,
+                         DType dtype) {
+  STD_TORCH_CHECK(
+      !t || (beside(*t, x) && t->dim() == 1 && t->size(0) == x.size(-1) && dtype_of(*t) == dtype &&
+             (dtype == DType::kFloat32 || dtype == dtype_of(x))),
+      name, " does not fit x");
+}
+
+// The contract of a forward pass. All tensors are contiguous; what weight and bias point to is
+// checked here.
+inline NormForward forward_arguments(const Tensor& x, const std::optional<Tensor>& residual,
+                                     const std::optional<Tensor>& weight,
+                                     const std::optional<Tensor>& bias, double eps, double offset,
+                                     const Tensor& y, void* summed) {
+  const Rows shape(x);
+  const DType weight_dtype = dtype_or_float(weight ? weight : bias);
+  check_vector("weight", weight, x, weight_dtype);
+  check_vector("bias", bias, x, weight_dtype);
+  return {x.const_data_ptr(),
+          data_or_null(residual),
+          data_or_null(weight),
+          y.mutable_data_ptr(),
+          summed,
+          shape.rows,
+          shape.cols,
+          static_cast<float>(eps),
+          static_cast<float>(offset),
+          dtype_of(x),
+          weight_dtype,
+          data_or_null(bias)};
+}
+
+// The contract of a backward pass; the caller adds where partial sums go.
+inline NormBackward backward_arguments(const Tensor& grad, const std::optional<Tensor>& grad_summed,
+                                       const Tensor& x, const std::optional<Tensor>& weight,
+                                       const Tensor& dx, int64_t blocks, double eps,
+                                       double offset) {
+  const Rows shape(x);
+  return {grad.const_data_ptr(),
+          data_or_null(grad_summed),
+          x.const_data_ptr(),
+          data_or_null(weight),
+          dx.mutable_data_ptr(),
+          nullptr,
+          shape.rows,
+          shape.cols,
+          blocks,
+          static_cast<float>(eps),
+          static_cast<float>(offset),
+          dtype_of(x),
+          dtype_or_float(weight)};
+}
+
+// What is checked of a backward pass's tensors.
+inline void check_backward(const Tensor& grad, const std::optional<Tensor>& grad_summed,
+                           const Tensor& x, const std::optional<Tensor>& weight, bool bias) {
+  check_like("grad", grad, x);
+  if (grad_summed) check_like("grad_summed", *grad_summed, x);
+  check_vector("weight", weight, x, dtype_or_float(weight));
+  STD_TORCH_CHECK(weight || !bias, "a bias comes with a weight");
 }
 
 // Whether a result is larger than a core's share of the caches, so that storing past them spares
@@ -46,22 +104,8 @@ inline void run_norm(void (*kernel)(const NormForward&, int64_t, int64_t), const
                      void* summed) {
   const Rows shape(x);
   const auto weight = dense(weight_), bias = dense(bias_);
-  const DType weight_dtype = dtype_or_float(weight ? weight : bias);
-  check_vector("weight", weight, shape.cols, weight_dtype);
-  check_vector("bias", bias, shape.cols, weight_dtype);
-  const NormForward args{x.const_data_ptr(),
-                         data_or_null(residual),
-                         data_or_null(weight),
-                         y.mutable_data_ptr(),
-                         summed,
-                         shape.rows,
-                         shape.cols,
-                         static_cast<float>(eps),
-                         static_cast<float>(offset),
-                         dtype_of(x),
-                         weight_dtype,
-                         data_or_null(bias),
-                         past_cache(y, shape)};
+  NormForward args = forward_arguments(x, residual, weight, bias, eps, offset, y, summed);
+  args.past_cache = past_cache(y, shape);
   parallel_rows(shape.rows, shape.cols * 8,
                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
@@ -92,14 +136,11 @@ inline std::tuple<Tensor, Tensor, Tensor> norm_backward(
     void (*kernel)(const NormBackward&, int64_t, int64_t), const Tensor& grad_,
     const std::optional<Tensor>& grad_summed_, const Tensor& x_,
     const std::optional<Tensor>& weight_, bool bias, double eps, double offset) {
-  check_like("grad", grad_, x_);
-  if (grad_summed_) check_like("grad_summed", *grad_summed_, x_);
+  check_backward(grad_, grad_summed_, x_, weight_, bias);
   const Tensor grad = dense(grad_), x = dense(x_);
   const auto grad_summed = dense(grad_summed_), weight = dense(weight_);
   const Rows shape(x);
   const DType weight_dtype = dtype_or_float(weight);
-  check_vector("weight", weight, shape.cols, weight_dtype);
-  STD_TORCH_CHECK(weight || !bias, "a bias comes with a weight");
   // partial sums: few enough to add up cheaply, enough to keep every core busy and each sum short
   const int64_t blocks = std::max(std::clamp<int64_t>(shape.rows / 16, 1, 32), shape.rows / 128);
   const bool whole = blocks == 1 && weight_dtype == DType::kFloat32;  // the sum is the result
@@ -113,21 +154,10 @@ inline std::tuple<Tensor, Tensor, Tensor> norm_backward(
   };
   Tensor dx = empty_cpu_like(x);
   const Tensor dweight = partial(weight.has_value()), dbias = partial(bias);
-  const NormBackward args{grad.const_data_ptr(),
-                          data_or_null(grad_summed),
-                          x.const_data_ptr(),
-                          data_or_null(weight),
-                          dx.mutable_data_ptr(),
-                          weight ? static_cast<float*>(dweight.mutable_data_ptr()) : nullptr,
-                          shape.rows,
-                          shape.cols,
-                          blocks,
-                          static_cast<float>(eps),
-                          static_cast<float>(offset),
-                          dtype_of(x),
-                          weight_dtype,
-                          bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr,
-                          past_cache(dx, shape)};
+  NormBackward args = backward_arguments(grad, grad_summed, x, weight, dx, blocks, eps, offset);
+  if (weight) args.dweight_blocks = static_cast<float*>(dweight.mutable_data_ptr());
+  if (bias) args.dbias_blocks = static_cast<float*>(dbias.mutable_data_ptr());
+  args.past_cache = past_cache(dx, shape);
   parallel_rows(blocks, shape.rows / blocks * shape.cols * 12,
                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return {dx, total(weight.has_value(), dweight), total(bias, dbias)};
