@@ -5,7 +5,9 @@ Algorithm  several rows: one product a group of x and the integers, which the el
            without rounding, scaled as it is added up. One row: weights in fp32 on the way
 Tile       [rows of x, outputs], a group at a time; one row: [outputs, several groups]
 Traffic    the integers and scales once for 64 rows, x once for a tile of outputs
-Numerics   exact products, fp32 sums. 4 bits: byte j of a group holds values j and j + group / 2
+Numerics   exact products, fp32 sums. 4 bits: byte j of a group holds values j and j + group / 2;
+           a product takes them as -8 ... 7 and adds 8 steps to a minimum: as 0 ... 15 its sums and
+           the minimum's would cancel each other's digits
 Source     arXiv:2210.17323, section 5; the layout is GGUF's
 """
 
@@ -51,16 +53,15 @@ def multiply(
             part = tl.dot(low, _transposed(q, low), input_precision=PRECISION)
         else:
             high = tl.load(from_x + g * GROUP + WIDTH, mask=rows, other=0.0)
-            first, second = (q & 15).to(tl.int32), (q >> 4).to(tl.int32)
-            if minimum is None:
-                first, second = first - 8, second - 8
+            first, second = (q & 15).to(tl.int32) - 8, (q >> 4).to(tl.int32) - 8
             part = tl.dot(low, _transposed(first, low), input_precision=PRECISION)
             part = tl.dot(high, _transposed(second, low), part, input_precision=PRECISION)
-        acc += part * tl.load(scale + at + g, mask=outs, other=0.0).to(tl.float32)[None, :]
+        step = tl.load(scale + at + g, mask=outs, other=0.0).to(tl.float32)
+        acc += part * step[None, :]
         if minimum is not None:
             total = tl.sum(low.to(tl.float32), 1) + tl.sum(high.to(tl.float32), 1)
             least = tl.load(minimum + at + g, mask=outs, other=0.0).to(tl.float32)
-            acc += total[:, None] * least[None, :]
+            acc += total[:, None] * (least + 8.0 * step)[None, :]
     if bias is not None:
         acc += tl.load(bias + n, mask=outs, other=0.0).to(tl.float32)[None, :]
     to = y + m.to(tl.int64)[:, None] * outputs + n[None, :]

@@ -49,6 +49,13 @@ def test_tails_and_strides(rows, bits):
     matches(torch.randn(rows, 1, 200)[..., 7:103], qweight, draws=4)
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_minimum_does_not_cancel(rows):
+    """A minimum lies near -8 steps: what is added for it and the integers must not be large."""
+    qweight = weight(64, 512, 4, 32, False)
+    matches(torch.randn(rows, 512) + 2, qweight, draws=16)
+
+
 def test_leading_dimensions_and_empty_inputs():
     qweight = weight(5, 64, 8, 32, True)
     x = torch.randn(2, 3, 64)
