@@ -45,7 +45,7 @@ register(
     "cross_entropy",
     Backend("cuda", ("cuda",), native(torch.float32, torch.bfloat16)),
     Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16, torch.float16)),
-    triton(native(torch.float32, torch.bfloat16)),
+    triton(native(torch.float32, torch.bfloat16, torch.float16)),
     plain(torch_unsupported),
     classes=_size_class,
 )

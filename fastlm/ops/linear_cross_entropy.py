@@ -49,7 +49,7 @@ def _size_class(shape: torch.Size, classes: int, reduction: str, grad: bool) -> 
 register(
     _OP,
     Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16, torch.float16)),
-    triton(native(torch.float32, torch.bfloat16)),
+    triton(native(torch.float32, torch.bfloat16, torch.float16)),
     Backend("torch", (), lambda dtype, **facts: []),  # many logits come chunk by chunk
     classes=_size_class,
 )

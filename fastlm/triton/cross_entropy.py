@@ -401,4 +401,6 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     tokens = torch.empty(8192, dtype=torch.float32, device="meta")
     every = partial(cross_entropy, x, t, w, tokens, -100, 0.1, 1e-4, 30.0, _MEAN, True)
     yield "cross_entropy with all options", every
+    half = partial(cross_entropy, x.half(), t, None, None, -100, 0.0, 0.0, 0.0, _MEAN, True)
+    yield "cross_entropy of halves", half
     yield "cross_entropy scaled", partial(scale_, x, tokens[0])

@@ -17,6 +17,7 @@ TILED = {"cross_entropy": Config((64,)), "cross_entropy_sums": Config((4,))}
 # every form whole with one type and tiled with the other
 CASES = [(form, DTYPES[tiled], bool(tiled)) for form in OPTIONS for tiled in (0, 1)]
 CASES += [("plain", DTYPES[1], False), ("all", DTYPES[0], True)]
+CASES += [(form, torch.float16, form == "all") for form in ("plain", "none", "z_loss", "all")]
 
 
 @pytest.mark.parametrize("form, dtype, tiled", CASES, ids=str)
@@ -105,3 +106,19 @@ def test_strided_logits_and_bad_input():
         name = list(bad)[-1]
         with pytest.raises(ValueError, match=f"cross_entropy: {name} must be"):
             ops.cross_entropy(x, **bad)
+
+
+def test_fp16_gradients_of_many_tokens():
+    """Divided by their number, a logit's share lies below the smallest fp16 until it is scaled."""
+    x, target = torch.randn(2048, 64).half(), torch.randint(0, 64, (2048,))
+
+    def scaled(f):
+        return lambda x: f(x, target) * 2.0**14  # as a loss scale does
+
+    check(
+        scaled(ops.cross_entropy),
+        scaled(lambda x, t: F.cross_entropy(x.float(), t)),
+        scaled(reference.cross_entropy),
+        [x],
+        draws=1,
+    )

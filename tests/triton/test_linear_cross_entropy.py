@@ -10,7 +10,7 @@ from fastlm import ops, reference
 from fastlm.testing import check
 from fastlm.triton._configs import Config, override
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
     "plain": {},
     "bias": {"bias": True},
