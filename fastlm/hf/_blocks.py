@@ -75,7 +75,9 @@ class Blocks:
                 stems.append("attention")
                 texts.append(f"attention (in place of {sites.methods[0]})")
         own = sites.attention or sites.sdpa or sites.methods
-        if sites.products and not own and "attention" in self.wanted:
+        if sites.deaf and not own and "attention" in self.wanted:
+            kept.append("attention: its forward is not told whether its weights are wanted")
+        elif sites.products and not own and "attention" in self.wanted:
             from fastlm.hf import _scores
 
             edit.product, edit.released = _scores.product, _scores.released

@@ -40,13 +40,15 @@ class Sites:
     products: int = 0  # products before a softmax that has others after it
     hides: bool = False  # its attention_mask says what is not seen
     untold: tuple[str, ...] = ()  # children that are called without its output_attentions
+    deaf: bool = False  # nobody can tell it that the weights before its products are wanted
 
 
 @dataclass
 class Edit:
     """Which sites to exchange, and for what."""
 
-    attention: Callable[..., Any] | None = None  # wraps the interface that was looked up
+    # (the interface that was looked up, whether weights are asked for) -> what stands for it
+    attention: Callable[..., Any] | None = None
     rope: dict[str, Callable[..., Any]] = field(default_factory=dict)
     add_norm: Callable[..., Any] | None = None  # (norm, a, b) -> (norm(a + b), a + b)
     norms: frozenset[str] = frozenset()  # the norms for which add_norm is wanted
@@ -80,7 +82,8 @@ def find_sites(function: FunctionType) -> Sites:
     rope, norms, methods = map(tuple, (finder.rope, finder.add_norm, finder.methods))
     found = finder.attention, rope, norms, finder.sdpa, methods, len(finder.products)
     hides = "masked_fill(attention_mask" in ast.unparse(tree)
-    return Sites(*found, hides, tuple(finder.untold))
+    deaf = bool(finder.products) and finder.asks == "None"
+    return Sites(*found, hides, tuple(finder.untold), deaf)
 
 
 def rewrite(function: FunctionType, edit: Edit) -> FunctionType:
@@ -259,7 +262,10 @@ class _Editor(ast.NodeTransformer):
         self.attention += 1
         if self.edit.attention is None:
             return node
-        call = ast.Call(ast.Name(_ATTENTION, ast.Load()), [node], [])
+        given = [node]
+        if self.asks == "output_attentions":  # an argument, which need not be passed on
+            given.append(ast.Name(self.asks, ast.Load()))
+        call = ast.Call(ast.Name(_ATTENTION, ast.Load()), given, [])
         return ast.copy_location(call, node)
 
     def _rotates(self, name: str) -> bool:

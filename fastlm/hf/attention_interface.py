@@ -127,8 +127,13 @@ def in_place_of_sdpa(
     return _attend(module, query, key, value, attention_mask, scaling, is_causal, kwargs), None
 
 
-def select(function: Callable[..., Any]) -> Callable[..., Any]:
-    """fastlm's attention for SDPA and for a model's own; any other (flex has own masks) stays."""
+def select(function: Callable[..., Any], asked: bool | None = None) -> Callable[..., Any]:
+    """fastlm's attention for SDPA and for a model's own; any other (flex has own masks) stays.
+
+    asked: whether the layer is to return its weights, where it does not say so to the function.
+    """
+    if asked:
+        return function
     if function is sdpa_attention_forward:
         return in_place_of_sdpa
     if getattr(function, "__name__", "") == "eager_attention_forward":

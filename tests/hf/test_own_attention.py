@@ -33,9 +33,10 @@ def test_padding_windows_and_caches(name):
     expected, exact = logits(model), exactly(logits, model)
     options = {"attention_mask": MASK, "max_new_tokens": 8, "do_sample": False}
     tokens = model.generate(IDS, **options)
-    with fastlm.patch(model), _registry.recording() as verdicts:
+    with fastlm.patch(model) as patch, _registry.recording() as verdicts:
         as_accurate(logits(model), expected, exact)
-        assert [v.stem for v in verdicts].count("attention") == 2
+        deaf = "is not told whether its weights are wanted" in patch.report()  # MPT in 5.0
+        assert [v.stem for v in verdicts].count("attention") == (0 if deaf else 2)
         assert torch.equal(model.generate(IDS, **options), tokens)
 
 

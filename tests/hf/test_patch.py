@@ -301,6 +301,7 @@ def test_experts_that_are_one_linear_map_each():
     config = transformers.JetMoeConfig(
         vocab_size=96, hidden_size=32, num_hidden_layers=2, intermediate_size=48, **sizes
     )
+    config.pad_token_id = None  # which the class of transformers 5.0 forgot
     torch.manual_seed(1)
     model = transformers.JetMoeForCausalLM(config).eval()
     theirs, exact = training_gradients(model), exactly(training_gradients, model)

@@ -121,9 +121,10 @@ def test_bf16(name):
             return model(IDS, attention_mask=MASK).logits[MASK.bool()]
 
     expected, exact = logits(model), exactly(logits, model)
-    with fastlm.patch(model), _registry.recording() as verdicts:
+    with fastlm.patch(model) as patch, _registry.recording() as verdicts:
         as_accurate(logits(model), expected, exact)
-    assert [v.stem for v in verdicts].count("attention") == 2
+    deaf = "is not told whether its weights are wanted" in patch.report()  # MPT in 5.0
+    assert [v.stem for v in verdicts].count("attention") == (0 if deaf else 2)
 
 
 def test_who_looks_gets_weights():
