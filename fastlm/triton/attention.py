@@ -129,9 +129,13 @@ class _Call:
         planes = (heads if batch > 1 else 0, 1 if heads > 1 else 0)
         return tiles, counts, (*mask_strides, *planes), columns
 
-    def slopes_stride(self) -> int:
+    def extents(self, num_tiles: int, columns: int) -> tuple[int, ...]:
+        """What every kernel takes after the strides of a mask and its lists."""
         many = self.slopes is not None and self.slopes.dim() == 2
-        return self.slopes.stride(0) if many else 0  # type: ignore[union-attr]
+        slopes_stride = self.slopes.stride(0) if many else 0  # type: ignore[union-attr]
+        heads = self.heads, self.heads // self.kv_heads
+        sizes = self.tq, self.tk, self.window
+        return slopes_stride, *heads, self.sequences, num_tiles, columns, *sizes
 
     def lse_strides(self) -> tuple[int, int]:
         return (0 if self.packed else self.heads * self.tq), self.tq
@@ -217,15 +221,7 @@ def _forward(
             *c.lse_strides(),
             0 if lse is None else lse[0].numel(),
             *mask_strides,
-            c.slopes_stride(),
-            c.heads,
-            c.heads // c.kv_heads,
-            c.sequences,
-            num_tiles,
-            columns,
-            c.tq,
-            c.tk,
-            c.window,
+            *c.extents(num_tiles, columns),
             *c.numbers,
         ),
         config,
@@ -299,8 +295,6 @@ def attention_gradients(
     tiles, counts, mask_strides, columns = c.lists(config, keys=False)
     num_tiles = c.tiles(c.tk, config.tile[0])
     more = (c.mask, tiles, counts, slopes)
-    sizes = (c.tq, c.tk, c.window)
-    groups = heads // c.kv_heads
     constants = {**c.shape, **c.masks}
     launch(
         attention_bwd_kv,
@@ -317,13 +311,7 @@ def attention_gradients(
             *c.lse_strides(),
             lse[0].numel(),
             *mask_strides,
-            c.slopes_stride(),
-            heads,
-            groups,
-            c.sequences,
-            num_tiles,
-            columns,
-            *sizes,
+            *c.extents(num_tiles, columns),
             c.numbers[0],
             c.scale,
             *c.numbers[1:],
@@ -360,13 +348,7 @@ def attention_gradients(
             *c.lse_strides(),
             lse[0].numel(),
             *mask_strides,
-            c.slopes_stride(),
-            heads,
-            groups,
-            c.sequences,
-            num_tiles,
-            columns,
-            *sizes,
+            *c.extents(num_tiles, columns),
             c.numbers[0],
             c.scale,
             *c.numbers[1:],
