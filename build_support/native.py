@@ -252,6 +252,14 @@ def build(outdir: Path, ext_suffix: str, tmp: Path, *, only: str | None = None) 
     ninja.rule("cxx", "$cxx -MMD -MF $out.d $flags $extra -c $in -o $out")
     ninja.rule("link", "$cxx -shared -Wl,--gc-sections -s $in -o $out $libs", depfile=False)
 
+    libs = f"-L{torch / 'lib'} -ltorch_cpu -lc10"
+    written = []
+    if with_cuda:  # begins with what takes longest, so that no file is compiled alone at the end
+        assert cuda is not None
+        written.append(_cuda_library(ninja, cuda, outdir, libs))
+    else:
+        (outdir / "_cuda.so").unlink(missing_ok=True)  # of an earlier build
+
     csrc = ROOT / "csrc"
     stems = kernel_stems()
     bindings = sorted((csrc / "torch").glob("*.cpp"))
@@ -264,16 +272,9 @@ def build(outdir: Path, ext_suffix: str, tmp: Path, *, only: str | None = None) 
         objects.append(ninja.build("cxx", binding, f"{stem}.o", extra=extra))
         if stem in stems:
             objects += [kernel_object(ninja, stem, isa) for isa in isas]
-    libs = f"-L{torch / 'lib'} -ltorch_cpu -lc10"
     library = outdir / f"_C{ext_suffix}"
     ninja.link(library, objects, libs)
-    written = [library]
-
-    if with_cuda:
-        assert cuda is not None
-        written.append(_cuda_library(ninja, cuda, outdir, libs))
-    else:
-        (outdir / "_cuda.so").unlink(missing_ok=True)  # of an earlier build
+    written.append(library)
 
     ninja.write()
     if only is not None:
@@ -298,7 +299,7 @@ def _cuda_library(ninja: Ninja, cuda: Path, outdir: Path, libs: str) -> Path:
     flags += " ".join(cuda_arch_flags())
     ninja.lines += [f"nvcc = {nvcc}", f"nvflags = {flags}"]
     ninja.rule("cuda", "$nvcc -MMD -MF $out.d $nvflags -c $in -o $out")
-    kernels = sorted((csrc / "cuda").glob("*.cu"))
+    kernels = sorted((csrc / "cuda").glob("*.cu"), key=lambda file: -file.stat().st_size)
     objects = [ninja.build("cuda", kernel, f"{kernel.stem}.cu.o") for kernel in kernels]
     extra = f"-DUSE_CUDA -isystem {cuda / 'include'}"
     for binding in sorted((csrc / "torch/cuda").glob("*.cpp")):
