@@ -19,12 +19,12 @@ import triton.language as tl
 from fastlm.triton._attention_tiles import (
     LOG2E,
     UNSPECIALIZED,
-    find,
     keys_of,
     load,
     power,
     queries_of,
     score,
+    sequence,
     store,
 )
 from fastlm.triton._launch import kernel
@@ -131,23 +131,21 @@ def attention_bwd_kv(
     head_k = pid // num_tiles % kv_heads
     batch = pid // num_tiles // kv_heads
     if PACKED:
-        batch, tile = find(starts_k, num_sequences, tile, BN)
-        begin_q = tl.load(starts_q + batch)
-        begin_k = tl.load(starts_k + batch)
-        tq = tl.load(starts_q + batch + 1) - begin_q
-        tk = tl.load(starts_k + batch + 1) - begin_k
+        batch, tile, begin_q, begin_k, tq, tk = sequence(
+            starts_k, starts_q, starts_k, num_sequences, tile, BN
+        )
         if tile * BN >= tk:
             return
-        q += begin_q.to(tl.int64) * q_row
-        grad += begin_q.to(tl.int64) * grad_row
+        q += begin_q * q_row
+        grad += begin_q * grad_row
         if ATOMIC:
-            dq += begin_q.to(tl.int64) * dq_row
+            dq += begin_q * dq_row
         lse += begin_q
         delta += begin_q
-        k += begin_k.to(tl.int64) * k_row
-        v += begin_k.to(tl.int64) * v_row
-        dk += begin_k.to(tl.int64) * dk_row
-        dv += begin_k.to(tl.int64) * dv_row
+        k += begin_k * k_row
+        v += begin_k * v_row
+        dk += begin_k * dk_row
+        dv += begin_k * dv_row
         wide = batch.to(tl.int64) * 0
     else:
         wide = batch.to(tl.int64)
@@ -262,24 +260,22 @@ def attention_bwd_q(
     head = pid // num_tiles % heads
     batch = pid // num_tiles // heads
     if PACKED:
-        batch, tile = find(starts_q, num_sequences, tile, BM)
-        begin_q = tl.load(starts_q + batch)
-        begin_k = tl.load(starts_k + batch)
-        tq = tl.load(starts_q + batch + 1) - begin_q
-        tk = tl.load(starts_k + batch + 1) - begin_k
+        batch, tile, begin_q, begin_k, tq, tk = sequence(
+            starts_q, starts_q, starts_k, num_sequences, tile, BM
+        )
         if tile * BM >= tq:
             return
-        q += begin_q.to(tl.int64) * q_row
-        grad += begin_q.to(tl.int64) * grad_row
-        dq += begin_q.to(tl.int64) * dq_row
+        q += begin_q * q_row
+        grad += begin_q * grad_row
+        dq += begin_q * dq_row
         if GRAD_LSE:
-            grad_lse += begin_q.to(tl.int64) * glse_row
+            grad_lse += begin_q * glse_row
         lse += begin_q
         delta += begin_q
         if SINKS:
             dsinks += begin_q
-        k += begin_k.to(tl.int64) * k_row
-        v += begin_k.to(tl.int64) * v_row
+        k += begin_k * k_row
+        v += begin_k * v_row
         wide = batch.to(tl.int64) * 0
     else:
         wide = batch.to(tl.int64)

@@ -16,11 +16,11 @@ from fastlm.triton._attention_tiles import (
     LN2,
     LOG2E,
     UNSPECIALIZED,
-    find,
     keys_of,
     load,
     power,
     score,
+    sequence,
     store,
 )
 from fastlm.triton._launch import kernel
@@ -74,19 +74,17 @@ def attention_fwd(
     head = pid // num_tiles % heads
     batch = pid // num_tiles // heads
     if PACKED:
-        batch, tile = find(starts_q, num_sequences, tile, BM)
-        begin_q = tl.load(starts_q + batch)
-        begin_k = tl.load(starts_k + batch)
-        tq = tl.load(starts_q + batch + 1) - begin_q
-        tk = tl.load(starts_k + batch + 1) - begin_k
+        batch, tile, begin_q, begin_k, tq, tk = sequence(
+            starts_q, starts_q, starts_k, num_sequences, tile, BM
+        )
         if tile * BM >= tq:
             return
-        q += begin_q.to(tl.int64) * q_row
-        out += begin_q.to(tl.int64) * out_row
+        q += begin_q * q_row
+        out += begin_q * out_row
         if LSE:
             lse += begin_q
-        k += begin_k.to(tl.int64) * k_row
-        v += begin_k.to(tl.int64) * v_row
+        k += begin_k * k_row
+        v += begin_k * v_row
         wide = batch.to(tl.int64) * 0
     else:
         wide = batch.to(tl.int64)

@@ -41,6 +41,16 @@ def find(starts, count, tile, B: tl.constexpr):
 
 
 @triton.jit
+def sequence(starts, starts_q, starts_k, count, tile, B: tl.constexpr):
+    """Where a tile of packed sequences, by `starts`, lies: (sequence, tile in it, where the rows of
+    queries and of keys begin, how many of them)."""
+    n, tile = find(starts, count, tile, B)
+    q, k = tl.load(starts_q + n), tl.load(starts_k + n)
+    tq, tk = tl.load(starts_q + n + 1) - q, tl.load(starts_k + n + 1) - k
+    return n, tile, q.to(tl.int64), k.to(tl.int64), tq, tk
+
+
+@triton.jit
 def load(
     pointer, first, stride, count, R: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     CHECKED: tl.constexpr,
