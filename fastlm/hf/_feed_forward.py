@@ -56,7 +56,8 @@ def match_feed_forward(module: nn.Module, device: torch.device) -> Match:
     x = _probe.random((3, linears[roles[0].up].in_features), 0).to(device)
     adds = list(inspect.signature(type(module).forward).parameters)[2:] == ["residual"]
     calls: _probe.Calls = [((x, _probe.random(x.shape, 1, x)) if adds else (x,), {})]
-    rates = tuple(n for n, v in module.__dict__.items() if "drop" in n and isinstance(v, float))
+    numbers = (n for n, v in module.__dict__.items() if type(v) in (int, float))
+    rates = tuple(n for n in numbers if "drop" in n)
     for role in roles:
         forward = feed_forward(role, kind, tuple(dropouts), rates)
         try:

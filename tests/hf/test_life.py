@@ -10,6 +10,7 @@ from tiny_models import as_accurate, exactly, tiny, token_numbers
 
 import fastlm
 from fastlm.hf import _head
+from fastlm.hf.attention_interface import attention
 from fastlm.hf.patch import suspended
 from fastlm.ops import _registry
 from tools.architectures import small
@@ -145,3 +146,31 @@ def test_layers_are_cut_off_and_frozen():
         model(IDS, labels=IDS).loss.backward()
         frozen = {n for n, p in model.named_parameters() if p.grad is None}
         assert frozen == {"model.embed_tokens.weight"}  # the tied head, too
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_dropout_that_is_a_number_is_the_models_own(name):
+    model = small(name).train()
+    blocks = [m for m in model.modules() if type(m).__name__.endswith("MLP")]
+    with fastlm.patch(model):
+        for rate, calls in ((0.0, 2), (0.5, 0)):
+            for block in blocks:
+                block.hidden_dropout = rate
+            with _registry.recording() as verdicts:
+                made = logits(model)
+            assert [v.stem for v in verdicts].count("feed_forward") == calls
+            assert torch.equal(made, logits(model)) == (rate == 0.0)
+
+
+def test_arguments_that_attention_does_not_know():
+    """In place of SDPA they are SDPA's, and said; asked for by name, dropout beside sinks fails."""
+    model = tiny()
+    plain = logits(model, colour="green")
+    with fastlm.patch(model, ops=["attention"]), _registry.recording() as verdicts:
+        with pytest.warns(UserWarning, match="does not know the arguments colour"):
+            assert torch.equal(logits(model, colour="green"), plain)
+        assert not verdicts
+    q = torch.randn(1, 2, 3, 8)
+    for options in ({"s_aux": torch.zeros(2)}, {"softcap": 2.0}):
+        with pytest.raises(ValueError, match="no dropout beside softcap or sinks, got both"):
+            attention(model, q, q, q, None, dropout=0.5, **options)
