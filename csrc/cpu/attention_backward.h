@@ -71,12 +71,14 @@ void pack_queries(const AttentionBackward& f, const BackwardMemory<E>& m, const 
     const T* out = head.query_row<const T>(f.out, r);
     pack_row<E>(q, f.a.d, m.q + i * m.q_width);
     pack_row<E>(g, f.a.dv, m.g + i * m.g_width);
-    if (E::kPer == 2 && i % 2 == 0) {
-      const bool whole = r + 1 < end;
-      pack_pair(q, whole ? head.query_row<const T>(f.a.q, r + 1) : nullptr, f.a.d,
-                m.q_right + i / 2 * m.d_width);
-      pack_pair(g, whole ? head.query_row<const T>(f.grad, r + 1) : nullptr, f.a.dv,
-                m.g_right + i / 2 * m.v_width);
+    if constexpr (E::kPer == 2) {
+      if (i % 2 == 0) {
+        const bool whole = r + 1 < end;
+        pack_pair(q, whole ? head.query_row<const T>(f.a.q, r + 1) : nullptr, f.a.d,
+                  m.q_right + i / 2 * m.d_width);
+        pack_pair(g, whole ? head.query_row<const T>(f.grad, r + 1) : nullptr, f.a.dv,
+                  m.g_right + i / 2 * m.v_width);
+      }
     }
     const int64_t at = head.lse_at(r);
     m.delta[i] = row_delta(f, g, out, at);

@@ -146,11 +146,11 @@ inline void pack_row(const T* src, int64_t n, float* dst) {
 }
 
 // Two rows (odd may be null) as one row of words of a sum over rows.
-template <class T>
-inline void pack_pair(const T* even, const T* odd, int64_t n, float* dst) {
+inline void pack_pair(const bf16* even, const bf16* odd, int64_t n, float* dst) {
   for_vectors(n, [&](int64_t i, auto... lanes) {
-    const VecF second = odd == nullptr ? zero() : load(odd + i, lanes...);
-    store(dst + i, as_float(pair_up(load(even + i, lanes...), second)));
+    const VecH pairs =
+        odd ? load_pairs(even + i, odd + i, lanes...) : pair_up(load(even + i, lanes...), zero());
+    store(dst + i, as_float(pairs));
   });
 }
 

@@ -121,10 +121,16 @@ void hidden_product(const FeedForwardHidden& a, const Region& r, float* memory) 
     if (a.w_gate.p == nullptr) {
       return packed::product<E, T>(a.x, a.in, part, memory, packed::columns_of<E, T>(a.w_in), sink);
     }
-    const auto both = [&](int64_t k0, int64_t depth, int64_t n, int64_t, float* to) {
-      const int64_t outs = min_of<int64_t>(kLanes, a.out - n / 2);
-      packed::pack<E, T>(a.w_in, n / 2, outs, k0, depth, kLanes, to, packed::kCols);
-      packed::pack<E, T>(a.w_gate, n / 2, outs, k0, depth, kLanes, to + kLanes, packed::kCols);
+    const auto both = [&](int64_t k0, int64_t depth, int64_t n, int64_t width, float* to) {
+      const int64_t steps = (depth + E::kPer - 1) / E::kPer;
+      for (int64_t first = n / 2; first < (n + width) / 2; first += kLanes) {
+        const int64_t outs = min_of<int64_t>(kLanes, a.out - first);
+        const packed::Piece up{first, outs, kLanes, to, packed::kCols};
+        const packed::Piece gate{first, outs, kLanes, to + kLanes, packed::kCols};
+        packed::pack<E, T>(a.w_in, k0, depth, &up, 1);
+        packed::pack<E, T>(a.w_gate, k0, depth, &gate, 1);
+        to += steps * packed::kCols;
+      }
     };
     packed::product<E, T>(a.x, a.in, part, memory, both, sink);
   });

@@ -21,6 +21,7 @@ constexpr int64_t kWhole = 384;               // operands of k that are not cut 
 constexpr int64_t kWide = 1024;               // columns of a block of b
 constexpr int64_t kHigh = 36 * kRows;         // rows whose unfinished sums are kept at a time
 constexpr int64_t kPanel = 16 * kWhole + 16;  // floats of a packed panel of a
+constexpr int kTogether = 4;                  // panels or tiles packed at a time
 
 // How values lie in packed operands: floats, or bf16 pairs of two following k where the processor
 // multiplies those. Either is a 32-bit word.
@@ -47,7 +48,7 @@ struct Pairs {
   }
   template <class... N>
   static VecF across(const bf16* p, int64_t stride, bool both, N... n) {
-    return as_float(pair_up(load(p, n...), both ? load(p + stride, n...) : zero()));
+    return as_float(both ? load_pairs(p, p + stride, n...) : pair_up(load(p, n...), zero()));
   }
 };
 template <class T, bool kPaired = kFastPairs>
@@ -116,31 +117,40 @@ void pack_along(const T* from, int64_t row_stride, int64_t rows, int64_t depth, 
   }
 }
 
-// Rows that lie side by side.
+// Some neighbouring rows, packed for themselves.
+struct Piece {
+  int64_t first, rows, width;
+  float* to;
+  int64_t stride;
+};
+
+// Rows that lie side by side: several pieces at a time, because the next k is often a page away.
 template <class E, class T>
-void pack_across(const T* from, int64_t deep, int64_t rows, int64_t depth, int64_t width, float* to,
-                 int64_t stride) {
-  for (int64_t k = 0; k < depth; k += E::kPer, from += E::kPer * deep, to += stride) {
+void pack_across(const T* from, int64_t deep, int64_t depth, const Piece* pieces, int count) {
+  const int64_t ahead = pieces[count - 1].first + pieces[count - 1].rows - pieces[0].first;
+  for (int64_t k = 0, at = 0; k < depth; k += E::kPer, ++at, from += E::kPer * deep) {
     const bool both = k + 1 < depth;
-    // no hardware fetches ahead where neighbouring k are pages apart
-    __builtin_prefetch(from + rows, 0, 2);
-    if (E::kPer == 2 && both) __builtin_prefetch(from + deep + rows, 0, 2);
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const int64_t n = max_of<int64_t>(rows - i, 0);
-      store(to + i, n >= kLanes ? E::across(from + i, deep, both)
-                                : E::across(from + i, deep, both, static_cast<int>(n)));
+    for (const Piece* piece = pieces; piece < pieces + count; ++piece) {
+      const T* row = from + piece->first;
+      float* const to = piece->to + at * piece->stride;
+      __builtin_prefetch(row + ahead, 0, 2);  // of the next pieces; no hardware does that here
+      if (E::kPer == 2 && both) __builtin_prefetch(row + deep + ahead, 0, 2);
+      for (int64_t i = 0; i < piece->width; i += kLanes) {
+        const int64_t n = max_of<int64_t>(piece->rows - i, 0);
+        store(to + i, n >= kLanes ? E::across(row + i, deep, both)
+                                  : E::across(row + i, deep, both, static_cast<int>(n)));
+      }
     }
   }
 }
 
 template <class E, class T>
-inline void pack(const Operand& side, int64_t first, int64_t rows, int64_t k0, int64_t depth,
-                 int64_t width, float* to, int64_t stride) {
-  const T* from = static_cast<const T*>(side.p) + first * side.along + k0 * side.deep;
-  if (side.deep == 1) {
-    pack_along<E>(from, side.along, rows, depth, width, to, stride);
-  } else {
-    pack_across<E>(from, side.deep, rows, depth, width, to, stride);
+inline void pack(const Operand& side, int64_t k0, int64_t depth, const Piece* pieces, int count) {
+  const T* from = static_cast<const T*>(side.p) + k0 * side.deep;
+  if (side.deep != 1) return pack_across<E>(from, side.deep, depth, pieces, count);
+  for (const Piece* p = pieces; p < pieces + count; ++p) {
+    pack_along<E>(from + p->first * side.along, side.along, p->rows, depth, p->width, p->to,
+                  p->stride);
   }
 }
 
@@ -194,38 +204,48 @@ struct Place {
 template <class E>
 inline int64_t scratch_floats(int64_t k, bool keeps_sums) {
   const int64_t operands = depth_of<E>(k) / E::kPer;
-  return kPanel + operands * kWide + (keeps_sums ? kHigh * kWide : 0);
+  return kTogether * kPanel + operands * kWide + (keeps_sums ? kHigh * kWide : 0);
 }
 
 // Sums of rows [r.m0, r.m1) x columns [r.n0, r.n1), tile by tile and block of k by block of k, to
-// sink(place, sums). `pack_tile(k0, depth, n, cols, to)` packs one tile's columns of b.
-template <class E, class T, class PackTile, class Sink>
+// sink(place, sums). `pack_tiles(k0, depth, n, width, to)` packs so many columns of b as tiles.
+template <class E, class T, class PackTiles, class Sink>
 void product(const Operand& a, int64_t k, const Region& r, float* scratch,
-             const PackTile& pack_tile, const Sink& sink) {
+             const PackTiles& pack_tiles, const Sink& sink) {
   const int64_t deep = depth_of<E>(k);
   const int64_t wide = even_part(r.n1 - r.n0, kWide, kCols);
   const int64_t rows = r.m1 - r.m0, panels = (rows + kRows - 1) / kRows;
-  float* const b = scratch + kPanel;
+  float* const b = scratch + kTogether * kPanel;
+  const int together = a.deep == 1 || E::kPer > 1 ? 1 : kTogether;  // one alone stays in L1
+  const auto row_of = [&](int64_t panel) { return r.m0 + rows * panel / panels; };
   alignas(64) float sums[kRows * kCols];
   for (int64_t n = r.n0; n < r.n1; n += wide) {
     const int64_t width = min_of(wide, r.n1 - n);
     int64_t k0 = 0;
     do {  // once, for sums of nothing, where k is 0
       const int64_t depth = min_of(deep, k - k0), steps = (depth + E::kPer - 1) / E::kPer;
-      for (int64_t j = 0; j < width; j += kCols) {
-        pack_tile(k0, depth, n + j, min_of(kCols, width - j), b + j * steps);
-      }
+      pack_tiles(k0, depth, n, width, b);
       Place at{0, 0, 0, 0, k0 == 0, k0 + depth >= k};
       for (int64_t i = 0; i < panels; ++i) {
-        at.m = r.m0 + rows * i / panels;
-        at.rows = r.m0 + rows * (i + 1) / panels - at.m;
-        pack<E, T>(a, at.m, at.rows, k0, depth, at.rows, scratch, at.rows);
+        at.m = row_of(i);
+        at.rows = row_of(i + 1) - at.m;
+        const int turn = static_cast<int>(i % together);
+        if (turn == 0) {
+          Piece pieces[kTogether];
+          int count = 0;
+          for (; count < together && i + count < panels; ++count) {
+            const int64_t first = row_of(i + count), high = row_of(i + count + 1) - first;
+            pieces[count] = {first, high, high, scratch + count * kPanel, high};
+          }
+          pack<E, T>(a, k0, depth, pieces, count);
+        }
+        const float* panel = scratch + turn * kPanel;
         const TileFunction run = kTiles<E>[at.rows - 1];
         for (int64_t j = 0; j < width; j += kCols) {
           at.n = n + j;
           at.cols = min_of(kCols, width - j);
           sink.fetch(at);
-          run(scratch, b + j * steps, steps, sums);
+          run(panel, b + j * steps, steps, sums);
           sink(at, sums);
         }
       }
@@ -256,14 +276,17 @@ inline float* waiting(float* kept, const Region& r, const Place& at, int64_t i) 
   return kept + (at.m + i - r.m0) * kWide + (at.n - r.n0) % kWide;
 }
 
-// The columns of one matrix as a tile.
+// The columns of one matrix as tiles.
 template <class E, class T>
 inline auto columns_of(const Operand& b) {
-  return [&b](int64_t k0, int64_t depth, int64_t n, int64_t cols, float* to) {
-    for (int64_t half = 0; half < kCols; half += kLanes) {
-      const int64_t left = max_of<int64_t>(cols - half, 1);  // past the end: the last one again
-      pack<E, T>(b, n + min_of(half, cols - 1), min_of<int64_t>(left, kLanes), k0, depth, kLanes,
-                 to + half, kCols);
+  return [&b](int64_t k0, int64_t depth, int64_t n, int64_t width, float* to) {
+    const int64_t steps = (depth + E::kPer - 1) / E::kPer;
+    for (int64_t j = 0; j < (width + kCols - 1) / kCols * kCols; j += kLanes) {
+      const int64_t first = min_of(j, width - 1);  // past the end: the last one again
+      float* const place = to + j / kCols * kCols * steps + j % kCols;
+      const int64_t rows = min_of<int64_t>(width - first, kLanes);
+      const Piece piece{n + first, rows, kLanes, place, kCols};
+      pack<E, T>(b, k0, depth, &piece, 1);
     }
   };
 }

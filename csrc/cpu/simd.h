@@ -16,7 +16,8 @@
 //   transpose(r)         r[0 .. kLanes) as a square matrix, in place
 //   VecH, load_pairs(p[, n])  2 kLanes bf16 values; dot2(acc, a, b): acc[l] += a[2l]b[2l] +
 //                        a[2l+1]b[2l+1]; broadcast_pair(p) the bf16 pair at p in every lane;
-//                        pair_up(a, b) lane l holds bf16(a[l]), bf16(b[l])
+//                        pair_up(a, b) lane l holds bf16(a[l]), bf16(b[l]); load_pairs(p, q[, n])
+//                        p[l], q[l]
 //   zip(a, b, lo, hi)    pairs (a[i], b[i]) of bf16 values, in an order that suits the processor;
 //   unzip(lo, hi)        puts sums made from lo and hi back into the order of i, in place
 //   as_float(h), as_pairs(v)  the same bits as the other kind of vector

@@ -153,6 +153,10 @@ inline VecH pair_up(VecF a, VecF b) {
   const __m256i low = _mm256_cvtepu16_epi32(narrow(a)), high = _mm256_cvtepu16_epi32(narrow(b));
   return _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
 }
+inline VecH load_pairs(const bf16* p, const bf16* q) { return pair_up(load(p), load(q)); }
+inline VecH load_pairs(const bf16* p, const bf16* q, int n) {
+  return pair_up(load(p, n), load(q, n));
+}
 inline VecH load_pairs(const bf16* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }

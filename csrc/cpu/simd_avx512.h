@@ -159,9 +159,20 @@ constexpr bool kFastPairs = false;
 #endif
 inline VecF as_float(VecH v) { return _mm512_castsi512_ps(v); }
 inline VecH as_pairs(VecF v) { return _mm512_castps_si512(v); }
-inline VecH pair_up(VecF a, VecF b) {
-  const __m512i low = _mm512_cvtepu16_epi32(narrow(a)), high = _mm512_cvtepu16_epi32(narrow(b));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+// Words l of two halves to lane l.
+inline VecH pair_words(__m256i a, __m256i b) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i both = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10001)),
+                                        _mm512_set1_epi32(0x200000));
+  return _mm512_permutex2var_epi16(_mm512_castsi256_si512(a), both, _mm512_castsi256_si512(b));
+}
+inline VecH pair_up(VecF a, VecF b) { return pair_words(narrow(a), narrow(b)); }
+inline VecH load_pairs(const bf16* p, const bf16* q) {
+  return pair_words(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
+}
+inline VecH load_pairs(const bf16* p, const bf16* q, int n) {
+  return pair_words(_mm256_maskz_loadu_epi16(first(n), p), _mm256_maskz_loadu_epi16(first(n), q));
 }
 inline VecH load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }
 inline VecH load_pairs(const bf16* p, int n) {  // n values, n < 2 kLanes

@@ -151,6 +151,10 @@ inline VecH pair_up(VecF a, VecF b) {
   }
   return pairs;
 }
+inline VecH load_pairs(const bf16* p, const bf16* q) { return pair_up(load(p), load(q)); }
+inline VecH load_pairs(const bf16* p, const bf16* q, int n) {
+  return pair_up(load(p, n), load(q, n));
+}
 inline VecH load_pairs(const bf16* p) {
   VecH v;
   memcpy(&v, p, sizeof v);
