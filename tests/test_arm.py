@@ -11,6 +11,7 @@ Needs `apt-get install g++-aarch64-linux-gnu qemu-user`.
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import struct
 import subprocess
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import reference
-from fastlm.testing import error
+from fastlm.testing import FEWEST, Pool
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "build_support"))
@@ -60,11 +61,18 @@ def plan() -> native.Ninja:
     return ninja
 
 
+def build(plan: native.Ninja, targets: list[str]) -> None:
+    """One process at a time: another's tests run what is built here."""
+    with (plan.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        plan.run(targets)
+
+
 @pytest.fixture(scope="module")
 def driver(plan) -> Path:
     """Every kernel compiled for aarch64 and linked into one program."""
     program = plan.folder / "driver"
-    plan.run([str(program)])
+    build(plan, [str(program)])
     return program
 
 
@@ -105,6 +113,20 @@ def encode(raw: bytes) -> bytes:
 
 def judge(made, baseline, oracle, inputs, cotangent=None):
     """Outputs and gradients of `inputs` against float64, with PyTorch's error for a budget."""
+    judge_draws([compared(made, baseline, oracle, inputs, cotangent)])
+
+
+def judge_draws(draws):
+    """Several draws of the same tensors, judged together."""
+    pool = Pool()
+    for draw in draws:
+        pool.add(*draw)
+    for verdict in pool.errors():
+        assert verdict.ok, str(verdict)
+
+
+def compared(made, baseline, oracle, inputs, cotangent=None):
+    """Tensors by name: made, PyTorch's, exact."""
     results = []
     for function, dtype in ((baseline, None), (oracle, torch.float64)):
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
@@ -113,9 +135,8 @@ def judge(made, baseline, oracle, inputs, cotangent=None):
         if cotangent is not None:
             tensors += torch.autograd.grad(y, leaves, cotangent.to(y.dtype))
         results.append(tensors)
-    for i, (ours, theirs, exact) in enumerate(zip(made, *results, strict=True)):
-        verdict = error(f"tensor {i}", ours.view(exact.shape), theirs, exact)
-        assert verdict.ok, str(verdict)
+    made = [x.view(exact.shape) for x, exact in zip(made, results[1], strict=True)]
+    return [{f"tensor {i}": x for i, x in enumerate(tensors)} for tensors in (made, *results)]
 
 
 def test_every_row_is_in_the_driver(driver):
@@ -128,7 +149,7 @@ def test_every_row_is_in_the_driver(driver):
 
 def test_bindings_compile(plan):
     assert len(BINDINGS) >= len(native.kernel_stems())
-    plan.run([str(plan.folder / f"{binding.stem}.binding.o") for binding in BINDINGS])
+    build(plan, [str(plan.folder / f"{binding.stem}.binding.o") for binding in BINDINGS])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -239,11 +260,14 @@ def test_activation(run, number, kind, gated, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, transposed", [(1, 0), (3, 0), (16, 0), (3, 1)])
 def test_linear(run, rows, transposed, dtype):
-    x, w, bias = torch.randn(rows, 77), torch.randn(213, 77), torch.randn(213)
-    x, w, bias = x.to(dtype), w.to(dtype), bias.to(dtype)
-    weight = w.t() if transposed else w
-    made = run("linear", dtype, rows, 77, 213, transposed, x, weight, bias, out=[dtype])
-    judge(made, F.linear, F.linear, [x, w, bias])
+    def draw():
+        x, w, bias = torch.randn(rows, 77), torch.randn(213, 77), torch.randn(213)
+        x, w, bias = x.to(dtype), w.to(dtype), bias.to(dtype)
+        weight = w.t() if transposed else w
+        made = run("linear", dtype, rows, 77, 213, transposed, x, weight, bias, out=[dtype])
+        return compared(made, F.linear, F.linear, [x, w, bias])
+
+    judge_draws(draw() for _ in range(FEWEST))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

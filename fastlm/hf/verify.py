@@ -72,8 +72,8 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
     given inputs, a single number that can be right by chance, is not judged more finely than the
     logits it comes from. All elements of a gradient can share one error, of a dominant token say,
     and then there is luck in theirs and ours: where one is over its budget, all are judged again
-    over sixteen inputs. Where a decode plan takes the single tokens of `generate`, their logits
-    after prompts of verify's own are judged as well.
+    over sixteen inputs, or given token numbers in sixteen orders. Where a decode plan takes the
+    single tokens of `generate`, their logits after prompts of verify's own are judged as well.
 
     Args:
         model: patched, or not: then it is patched for the time of the call.
@@ -113,7 +113,8 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
 
         def more(seeds: range, names: list[str]) -> None:
             for seed in seeds:
-                arguments = _arguments(model, None, seed, tokens=5 + seed % FEWEST)
+                moved = _in_another_order(inputs, seed)
+                arguments = _arguments(model, moved, seed, tokens=5 + seed % FEWEST)
                 with suspended(model):
                     theirs = _run(model, arguments, names)
                 _pool(pooled, model, exact_model, theirs, arguments, names)
@@ -123,7 +124,7 @@ def verify(model: nn.Module, inputs: Any = None, *, gradients: bool = True) -> R
                 more(range(1, FEWEST), [])
         errors = [*modules, *_judged(pooled, _dtype(model))]
         over = any(not e.ok and e.name.startswith("gradient of ") for e in errors)
-        if inputs is None and over:
+        if over and (inputs is None or _in_another_order(inputs, 0) is not None):
             more(range(FEWEST, 2 * FEWEST - 1), names)
             errors = [*modules, *_judged(pooled, _dtype(model))]
     return Report(errors)
@@ -237,6 +238,16 @@ def _arguments(model: nn.Module, inputs: Any, seed: int = 0, tokens: int = 48) -
     if "use_cache" in accepted or (open_ended and hasattr(model, "config")):
         made.setdefault("use_cache", False)
     return made
+
+
+def _in_another_order(inputs: Any, seed: int) -> Any:
+    """Given inputs with their tokens permuted, all else as it is; None without tokens."""
+    ids = inputs if isinstance(inputs, Tensor) else dict(inputs or {}).get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        return None
+    order = torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(seed))
+    moved = ids[:, order.to(ids.device)]
+    return moved if ids is inputs else {**inputs, "input_ids": moved}
 
 
 @contextlib.contextmanager

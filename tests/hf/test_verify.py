@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 import types
 
 import pytest
@@ -106,6 +107,34 @@ def test_a_wrong_loss_is_found(monkeypatch):
     monkeypatch.setattr(made, "causal_lm_loss", wrong)
     report = fastlm.verify(tiny(), gradients=False)
     assert [e.name for e in report.errors if not e.ok] == ["loss"], str(report)
+
+
+@pytest.mark.parametrize("given", ["made up", "tokens", "dict", "embeddings"])
+def test_the_luck_of_one_draw_is_no_verdict(given, monkeypatch):
+    """One gradient is over its budget for the first inputs alone."""
+    module = sys.modules["fastlm.hf.verify"]
+    good, judged = module._pool, []
+
+    def pool(pooled, *rest):
+        good(pooled, *rest)
+        for name, squares in pooled.items():
+            if name.endswith("down_proj.weight") and name not in judged:
+                judged.append(name)
+                allowed = squares.error(name, torch.float32).allowed
+                squares.ours = (1.5 * allowed) ** 2 * squares.count
+
+    monkeypatch.setattr(module, "_pool", pool)
+    model, ids = tiny(), token_numbers(2, 9)
+    inputs = {
+        "made up": None,
+        "tokens": ids,
+        "dict": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        "embeddings": {"inputs_embeds": torch.randn(2, 9, model.config.hidden_size), "labels": ids},
+    }
+    report = fastlm.verify(model, inputs[given])
+    assert len(judged) == 1
+    bad = [e.name for e in report.errors if not e.ok]
+    assert bad == (judged if given == "embeddings" else []), str(report)
 
 
 def test_any_module_with_inputs():
