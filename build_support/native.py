@@ -35,6 +35,7 @@ ISA_FLAGS = {
     "avx2": X86,
     "avx512": AVX512,
     "avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
+    "amx": f"{AVX512} -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16",
 }
 
 

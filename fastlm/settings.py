@@ -5,8 +5,8 @@ FASTLM_BACKEND     Forces one implementation for every operator: ``cpu``, ``cuda
                    ``triton``, ``torch`` or ``reference``. An operator that cannot run there
                    raises an error that names the reasons. Any but ``cpu`` also turns off the
                    decode plan of ``Decoder.generate``.
-FASTLM_CPU_ISA     Forces one CPU instruction set: ``baseline``, ``avx2``, ``avx512`` or
-                   ``avx512bf16``. An unknown or unsupported one raises.
+FASTLM_CPU_ISA     Forces one CPU instruction set: ``baseline``, ``avx2``, ``avx512``,
+                   ``avx512bf16`` or ``amx``. An unknown or unsupported one raises.
 FASTLM_GRAPHS      ``0``: ``Decoder.generate`` launches the kernels of a step one by one on a
                    GPU, instead of as one CUDA graph.
 FASTLM_MALLOC      ``keep`` tells glibc to keep freed memory (`fastlm.keep_freed_memory`).

@@ -16,7 +16,7 @@ from fastlm import _ext, ops, reference
 from fastlm.testing import check
 
 pytestmark = pytest.mark.skipif(_ext.native is None, reason="no native kernels")
-ALL = ("baseline", "avx2", "avx512", "avx512bf16")
+ALL = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 SUPPORTED = _ext.native.supported_isas() if _ext.native else []
 
 
@@ -172,7 +172,7 @@ def test_impossible_set_is_refused(isa):
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     if isa == "sse9":
-        expected = "expected baseline, avx2, avx512 or avx512bf16, got sse9"
+        expected = "expected baseline, avx2, avx512, avx512bf16 or amx, got sse9"
     else:
         expected = f"this processor or build has no {isa}"
     assert last == f"RuntimeError: FASTLM_CPU_ISA: {expected}"

@@ -5,7 +5,8 @@
 //            scores in 6 x 4-vector register tiles, running maximum, exponentials, weights times v
 //            into an fp32 block; sums are rescaled only when a maximum grows
 // Tile       64 queries x 64 keys; key blocks outside all sight, by position or by the mask, are
-//            skipped; columns past the last one seen are left out per group of 6 rows
+//            skipped; columns past the last one seen are left out per group of 6 rows (32 in tile
+//            registers)
 // Traffic    q, out once; k, v once per task from cache; nothing of size tq x tk is ever stored
 // Numerics   fp32 scores, softmax and sums; bf16 products of bf16 pairs with fp32 sums where the
 //            processor has them, weights then rounded to bf16; blocks start at fixed rows, so the
@@ -32,7 +33,7 @@ struct ForwardMemory {
     o = arena.take(rows * o_width);
     sums = arena.take(rows * kLanes);  // one partial sum per lane
     maxima = arena.take(rows);
-    keys = arena.take(words_of(a.d, E::kPer) * kBlock);
+    keys = arena.take(steps_of<E>(a.d) * kBlock);
     values = arena.take(kBlock / E::kPer * o_width);
     scores = arena.take(kBlock * kBlock);
     weights = E::kPer == 1 ? scores : arena.take(kBlock * kBlock / E::kPer);
@@ -114,21 +115,22 @@ template <class E>
   const int64_t weight_width = kBlock / E::kPer;
   const bool plain = scores.plain(r0, r0 + rows, mask);
   int64_t seen[(kBlock + kTileRows - 1) / kTileRows];  // keys in sight of each group's last row
-  for (int64_t i = 0; i < rows; i += kTileRows) {
-    const int n = static_cast<int>(min_of<int64_t>(kTileRows, rows - i));
+  for (int64_t i = 0; i < rows; i += E::kGroup) {
+    const int n = static_cast<int>(min_of<int64_t>(E::kGroup, rows - i));
     const int64_t r1 = r0 + i + n;
     const int64_t keys =
         scores.in_sight(r1, plain ? mask : MaskEffect(head, scores.k0, r0 + i, r1));
-    seen[i / kTileRows] = keys;
+    seen[i / E::kGroup] = keys;
     row_group<E>(n, vectors_of(keys), words_of(f.a.d, E::kPer),
                  {m.q + (local + i) * m.q_width, m.q_width, 1}, {m.keys, kBlock},
                  {m.scores + i * kBlock, kBlock}, false, f.a.scale);
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const int vectors = vectors_of(seen[i / kTileRows]);
+    const int vectors = vectors_of(seen[i / E::kGroup]);
     if (vectors == 0) continue;
     float* s = m.scores + i * kBlock;
     float* sums = m.sums + (local + i) * kLanes;
+    scale_row<E>(s, vectors, f.a.scale);
     if (!plain) scores.finish(r0 + i, s, vectors, nullptr);
     const VecF top = largest(s, vectors);
     if (any(less(set1(m.maxima[local + i] + kSlack), top))) {
@@ -139,9 +141,9 @@ template <class E>
     store(sums, plain ? weigh_plain<E>(s, shift, load(sums), w)
                       : weigh<E>(s, vectors, shift, load(sums), w));
   }
-  for (int64_t i = 0; i < rows; i += kTileRows) {
-    const int n = static_cast<int>(min_of<int64_t>(kTileRows, rows - i));
-    row_group<E>(n, vectors_of(f.a.dv), words_of(seen[i / kTileRows], E::kPer),
+  for (int64_t i = 0; i < rows; i += E::kGroup) {
+    const int n = static_cast<int>(min_of<int64_t>(E::kGroup, rows - i));
+    row_group<E>(n, vectors_of(f.a.dv), words_of(seen[i / E::kGroup], E::kPer),
                  {m.weights + i * weight_width, weight_width, 1}, {m.values, m.o_width},
                  {m.o + (local + i) * m.o_width, m.o_width}, started, 1.0f);
   }
@@ -194,6 +196,7 @@ void forward_task(const AttentionForward& f, int64_t task, float* scratch) {
   const int64_t end = min_of(head.rows, begin + f.blocks_per_task * kBlock);
   if (begin >= end) return;
 
+  [[maybe_unused]] const typename E::Registers registers;
   const ForwardMemory<E> m(f, scratch);
   for (int64_t r = begin; r < end; ++r) {
     pack_row<E>(head.query_row<const T>(a.q, r), a.d, m.q + (r - begin) * m.q_width);

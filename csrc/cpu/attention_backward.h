@@ -19,6 +19,7 @@ struct BackwardMemory {
   float *keys, *values, *key_rows, *dk, *dv;                  // of one key block
   float *s, *ds, *p_columns, *ds_columns, *ds_rows, *bias;    // of one block of scores
   float* slope;
+  float* turned;  // what turn_columns needs, where sums lie across
   int64_t floats;
 
   BackwardMemory(const Attention& a, int64_t rows, float* base) {
@@ -35,8 +36,8 @@ struct BackwardMemory {
     low = arena.take(rows);
     delta = arena.take(rows);
     dq = arena.take(rows * d_width);
-    keys = arena.take(words_of(a.d, E::kPer) * kBlock);
-    values = arena.take(words_of(a.dv, E::kPer) * kBlock);
+    keys = arena.take(steps_of<E>(a.d) * kBlock);
+    values = arena.take(steps_of<E>(a.dv) * kBlock);
     key_rows = arena.take(kBlock / E::kPer * d_width);
     dk = arena.take(kBlock * d_width);
     dv = arena.take(kBlock * v_width);
@@ -47,6 +48,7 @@ struct BackwardMemory {
     ds_rows = E::kPer == 1 ? ds : arena.take(kBlock * kBlock / E::kPer);
     bias = arena.take(kBlock);
     slope = arena.take(kBlock * E::kPer);
+    turned = E::kUnit == 1 ? nullptr : arena.take(kBlock * max_of(d_width, v_width));
     floats = arena.used;
   }
 };
@@ -61,6 +63,26 @@ inline float row_delta(const AttentionBackward& f, const T* grad, const T* out, 
   return reduce_add(dots) - (f.grad_lse == nullptr ? 0.0f : f.grad_lse[at]);
 }
 
+// Up to kBlock rows as the left operand of a sum over rows: [n][pairs of rows], in whole steps.
+template <class Row>
+inline void pack_columns(const Row& row, int64_t rows, int64_t n, float* dst) {
+  constexpr int64_t kWidth = kBlock / 2;
+  for (int64_t w = 0; w < words_of(rows, 2); w += kLanes) {
+    for (int64_t d = 0; d < n; d += kLanes) {
+      const int left = static_cast<int>(min_of<int64_t>(kLanes, n - d));
+      VecF square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t r = 2 * (w + i);
+        square[i] = r + 1 < rows ? as_float(load_pairs(row(r) + d, row(r + 1) + d, left))
+                    : r < rows   ? as_float(pair_up(load(row(r) + d, left), zero()))
+                                 : zero();
+      }
+      transpose(square);
+      for (int64_t i = 0; i < kLanes; ++i) store(dst + (d + i) * kWidth + w, square[i]);
+    }
+  }
+}
+
 // The rows [begin, end) of a head as operands, with what their softmax needs.
 template <class T, class E>
 void pack_queries(const AttentionBackward& f, const BackwardMemory<E>& m, const Head& head,
@@ -71,7 +93,7 @@ void pack_queries(const AttentionBackward& f, const BackwardMemory<E>& m, const 
     const T* out = head.query_row<const T>(f.out, r);
     pack_row<E>(q, f.a.d, m.q + i * m.q_width);
     pack_row<E>(g, f.a.dv, m.g + i * m.g_width);
-    if constexpr (E::kPer == 2) {
+    if constexpr (E::kPer == 2 && E::kUnit == 1) {
       if (i % 2 == 0) {
         const bool whole = r + 1 < end;
         pack_pair(q, whole ? head.query_row<const T>(f.a.q, r + 1) : nullptr, f.a.d,
@@ -85,6 +107,27 @@ void pack_queries(const AttentionBackward& f, const BackwardMemory<E>& m, const 
     m.low[i] = f.lse[f.a.lse_size + at];
     m.lse[i] = f.lse[at] == -HUGE_VALF ? HUGE_VALF : f.lse[at];  // no key seen: weights are zero
   }
+  if constexpr (E::kUnit > 1) {
+    for (int64_t r = begin; r < end; r += kBlock) {
+      const int64_t rows = min_of(kBlock, end - r), word = (r - begin) / E::kPer;
+      const auto query = [&](int64_t i) { return head.query_row<const T>(f.a.q, r + i); };
+      const auto grad = [&](int64_t i) { return head.query_row<const T>(f.grad, r + i); };
+      pack_columns(query, rows, f.a.d, m.q_right + word * m.d_width);
+      pack_columns(grad, rows, f.a.dv, m.g_right + word * m.v_width);
+    }
+  }
+}
+
+// dst [n, columns] += or = a b, for a of n rows, whole steps of pairs of query rows.
+template <class E>
+inline void add_columns(int64_t n, int64_t keys, int64_t rows, const float* a, const float* b,
+                        float* dst, bool add) {
+  constexpr int64_t kWidth = kBlock / E::kPer;
+  for (int64_t j = 0; j < n; j += E::kGroup) {
+    row_group<E>(static_cast<int>(min_of<int64_t>(E::kGroup, n - j)), vectors_of(keys),
+                 words_of(rows, E::kPer), {a + j * kWidth, kWidth, 1}, {b, kBlock},
+                 {dst + j * kBlock, kBlock}, add, 1.0f);
+  }
 }
 
 // p and ds of kPer neighbouring rows (both stored as the three products read them).
@@ -93,6 +136,7 @@ void backward_rows(const AttentionBackward& f, const BackwardMemory<E>& m, Score
                    int64_t r0, int64_t i, int64_t rows, int64_t local, int vectors, bool plain) {
   const int count = static_cast<int>(min_of<int64_t>(E::kPer, rows - i));
   const bool capped = f.a.softcap != 0.0f;
+  for (int c = 0; c < count; ++c) scale_row<E>(m.s + (i + c) * kBlock, vectors, f.a.scale);
   if (!plain) {
     for (int c = 0; c < count; ++c) {
       scores.finish(r0 + i + c, m.s + (i + c) * kBlock, vectors, m.slope + c * kBlock);
@@ -137,12 +181,12 @@ void backward_block(const AttentionBackward& f, const BackwardMemory<E>& m, Scor
   const Head& head = scores.head;
   const bool plain = scores.plain(r0, r0 + rows, mask);
   int64_t seen[(kBlock + kTileRows - 1) / kTileRows];  // keys in sight of each group's last row
-  for (int64_t i = 0; i < rows; i += kTileRows) {
-    const int n = static_cast<int>(min_of<int64_t>(kTileRows, rows - i));
+  for (int64_t i = 0; i < rows; i += E::kGroup) {
+    const int n = static_cast<int>(min_of<int64_t>(E::kGroup, rows - i));
     const int64_t r1 = r0 + i + n;
     const int64_t keys =
         scores.in_sight(r1, plain ? mask : MaskEffect(head, scores.k0, r0 + i, r1));
-    seen[i / kTileRows] = keys;
+    seen[i / E::kGroup] = keys;
     row_group<E>(n, vectors_of(keys), words_of(f.a.d, E::kPer),
                  {m.q + (local + i) * m.q_width, m.q_width, 1}, {m.keys, kBlock},
                  {m.s + i * kBlock, kBlock}, false, f.a.scale);
@@ -151,9 +195,24 @@ void backward_block(const AttentionBackward& f, const BackwardMemory<E>& m, Scor
                  {m.ds + i * kBlock, kBlock}, false, 1.0f);
   }
   for (int64_t i = 0; i < rows; i += E::kPer) {
-    backward_rows<E>(f, m, scores, r0, i, rows, local, vectors_of(seen[i / kTileRows]), plain);
+    backward_rows<E>(f, m, scores, r0, i, rows, local, vectors_of(seen[i / E::kGroup]), plain);
   }
-  for (int64_t j = 0; want_keys && j < scores.keys; j += kTileRows) {
+  if constexpr (E::kUnit > 1) {
+    for (int64_t w = words_of(rows, E::kPer); w < steps_of<E>(rows); ++w) {
+      for (int64_t j = 0; j < kBlock; j += kLanes) {
+        store(m.p_columns + w * kBlock + j, zero());
+        store(m.ds_columns + w * kBlock + j, zero());
+      }
+    }
+    if (want_keys) {
+      const int64_t word = local / E::kPer;
+      add_columns<E>(f.a.dv, scores.keys, rows, m.g_right + word * m.v_width, m.p_columns, m.dv,
+                     started);
+      add_columns<E>(f.a.d, scores.keys, rows, m.q_right + word * m.d_width, m.ds_columns, m.dk,
+                     started);
+    }
+  }
+  for (int64_t j = 0; E::kUnit == 1 && want_keys && j < scores.keys; j += kTileRows) {
     const int n = static_cast<int>(min_of<int64_t>(kTileRows, scores.keys - j));
     const int64_t first = min_of(rows, max_of<int64_t>(0, head.first_row(scores.k0 + j) - r0));
     const int64_t from = first / E::kPer, steps = words_of(rows, E::kPer) - from;
@@ -168,9 +227,9 @@ void backward_block(const AttentionBackward& f, const BackwardMemory<E>& m, Scor
                                {m.dk + j * m.d_width, m.d_width}, started, 1.0f);
   }
   constexpr int64_t kWidth = kBlock / E::kPer;
-  for (int64_t i = 0; want_queries && i < rows; i += kTileRows) {
-    const int n = static_cast<int>(min_of<int64_t>(kTileRows, rows - i));
-    row_group<E, E::kSumChain>(n, vectors_of(f.a.d), words_of(seen[i / kTileRows], E::kPer),
+  for (int64_t i = 0; want_queries && i < rows; i += E::kGroup) {
+    const int n = static_cast<int>(min_of<int64_t>(E::kGroup, rows - i));
+    row_group<E, E::kSumChain>(n, vectors_of(f.a.d), words_of(seen[i / E::kGroup], E::kPer),
                                {m.ds_rows + i * kWidth, kWidth, 1}, {m.key_rows, m.d_width},
                                {m.dq + (local + i) * m.d_width, m.d_width}, true, 1.0f);
   }
@@ -181,6 +240,19 @@ inline void write_row(const float* sums, int64_t n, float scale, bool written, T
   for_vectors(n, [&](int64_t i, auto... lanes) {
     store(dst + i, written ? load(sums + i) * set1(scale) : zero(), lanes...);
   });
+}
+
+// sums [n, kBlock] to [kBlock, width] in place, with room for as much.
+inline void turn_columns(float* sums, int64_t n, float* room, int64_t width) {
+  for (int64_t j = 0; j < kBlock; j += kLanes) {
+    for (int64_t d = 0; d < n; d += kLanes) {
+      VecF square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) square[i] = load(sums + (d + i) * kBlock + j);
+      transpose(square);
+      for (int64_t i = 0; i < kLanes; ++i) store(room + (j + i) * width + d, square[i]);
+    }
+  }
+  memcpy(sums, room, sizeof(float) * static_cast<size_t>(kBlock * width));
 }
 
 // dk, dv of the keys [key_begin, key_end) and dq of the rows [begin, end), as wanted.
@@ -213,6 +285,12 @@ void backward_range(const AttentionBackward& f, const Head& head, int64_t begin,
       backward_block<E>(f, m, scores, mask, r0, rows, r0 - begin, want_keys, started, want_queries);
       started = true;
     }
+    if constexpr (E::kUnit > 1) {  // the sums lie across
+      if (want_keys && started) {
+        turn_columns(m.dk, a.d, m.turned, m.d_width);
+        turn_columns(m.dv, a.dv, m.turned, m.v_width);
+      }
+    }
     for (int64_t j = 0; want_keys && j < keys; ++j) {
       write_row(m.dk + j * m.d_width, a.d, a.scale, started, head.key_row<T>(f.dk, k0 + j));
       write_row(m.dv + j * m.v_width, a.dv, 1.0f, started, head.key_row<T>(f.dv, k0 + j));
@@ -230,6 +308,7 @@ inline int64_t backward_capacity(const AttentionBackward& f) {
 
 template <class T>
 void backward_task(const AttentionBackward& f, int64_t task, float* scratch) {
+  [[maybe_unused]] const typename Engine<T>::Registers registers;
   const BackwardMemory<Engine<T>> m(f.a, backward_capacity(f), scratch);
   const int64_t heads = f.a.batch * f.a.kv_heads, step = f.blocks_per_task * kBlock;
   const Head head(f.a, task % heads);

@@ -3,27 +3,48 @@
 //
 // All operands of the products are 32-bit words. With the engine Singles a word is one fp32 value;
 // with Pairs it is two neighbouring bf16 values along the summed dimension, and one multiply-add
-// sums both. The same tiles, packings and loops serve both; only `mac` differs.
-struct Singles {
+// sums both. The same tiles, packings and loops serve both; only `mac` differs. Squares are Pairs
+// in tile registers: larger groups of rows, whole steps of 16 words, and products not scaled yet.
+#include "cpu/squares.h"
+
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = kLanes == 16 ? 4 : 2;  // 6 x 4 of 32 registers, 6 x 2 of 16
+
+struct Vectors {
+  struct Registers {};                      // what a thread holds while it computes
+  static constexpr int kGroup = kTileRows;  // rows of a product at a time
+  static constexpr int64_t kUnit = 1;       // words of a step
+};
+struct Singles : Vectors {
   static constexpr int kPer = 1;     // values per word
   static constexpr int kDegree = 6;  // of the exponential
   // steps of a partial sum of scores and of gradients; without fused multiply-adds steps lose more
   static constexpr int64_t kChain = kLanes == 4 ? 16 : 64, kSumChain = kLanes == 4 ? 16 : 32;
   static VecF mac(VecF acc, VecF a, VecF b) { return fma(a, b, acc); }
 };
-struct Pairs {
+struct Pairs : Vectors {
   static constexpr int kPer = 2;
   static constexpr int kDegree = 5;
   static constexpr int64_t kChain = 64, kSumChain = 64;
   static VecF mac(VecF acc, VecF a, VecF b) { return dot2(acc, as_pairs(a), as_pairs(b)); }
 };
+#if defined(__AMX_BF16__)
+struct Squares : Pairs {
+  using Registers = SquareRegisters;
+  static constexpr int kGroup = 32;
+  static constexpr int64_t kUnit = kSquareWords;
+};
+using PairedEngine = Squares;
+#else
+using PairedEngine = Pairs;
+#endif
 template <class T, bool kPaired>
 struct EngineOf {
   using Type = Singles;
 };
 template <>
 struct EngineOf<bf16, true> {
-  using Type = Pairs;
+  using Type = PairedEngine;
 };
 template <class T>
 using Engine = typename EngineOf<T, kFastPairs>::Type;
@@ -31,6 +52,11 @@ using Engine = typename EngineOf<T, kFastPairs>::Type;
 constexpr int64_t kBlock = kAttentionBlock;
 
 inline int64_t words_of(int64_t values, int per) { return (values + per - 1) / per; }
+// Words of a sum of so many values, in whole steps.
+template <class E>
+inline int64_t steps_of(int64_t values) {
+  return (words_of(values, E::kPer) + E::kUnit - 1) / E::kUnit * E::kUnit;
+}
 inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 inline int vectors_of(int64_t n) { return static_cast<int>((n + kLanes - 1) / kLanes); }
 
@@ -48,9 +74,6 @@ struct Target {
   float* p;
   int64_t row;
 };
-
-constexpr int kTileRows = 6;
-constexpr int kTileVectors = kLanes == 16 ? 4 : 2;  // 6 x 4 of 32 registers, 6 x 2 of 16
 
 // A small tile sums in several chains, which hides the latency of the multiply-adds and rounds
 // less.
@@ -110,11 +133,35 @@ struct Tiles {
   };
 };
 
-// Up to kTileRows rows of c, all columns. Long sums are made of partial sums of kChain steps: a
+#if defined(__AMX_BF16__)
+// Up to 32 rows of c, all columns. Rows of c up to 16 or 32 are written; the words up to a whole
+// step must be zero on one side and finite on the other.
+inline void square_group(int rows, int vectors, int64_t steps, Left a, Right b, Target c,
+                         bool add) {
+  const auto with = [&]<bool kTall, bool kBroad>(int j) {
+    square_product<kTall, kBroad>(a.p, a.row, kSquareWords, b.p + j * kLanes, b.row,
+                                  (steps + kSquareWords - 1) / kSquareWords, c.p + j * kLanes,
+                                  c.row, add);
+  };
+  for (int j = 0; j < vectors; j += 2) {
+    const bool broad = vectors - j > 1;
+    if (rows > 16) {
+      broad ? with.template operator()<true, true>(j) : with.template operator()<true, false>(j);
+    } else {
+      broad ? with.template operator()<false, true>(j) : with.template operator()<false, false>(j);
+    }
+  }
+}
+#endif
+
+// Up to E::kGroup rows of c, all columns. Long sums are made of partial sums of kChain steps: a
 // shorter chain of roundings halves the error, and every block of 64 keys or queries is one.
 template <class E, int64_t kChain = E::kChain>
 inline void row_group(int rows, int vectors, int64_t steps, Left a, Right b, Target c, bool add,
                       float scale) {
+#if defined(__AMX_BF16__)
+  if constexpr (E::kUnit > 1) return square_group(rows, vectors, steps, a, b, c, add);
+#endif
   for (int j = 0; j < vectors; j += kTileVectors) {
     const TileFunction run = Tiles<E>::kOf[min_of(kTileVectors, vectors - j) - 1][rows - 1];
     const Target to{c.p + j * kLanes, c.row};
@@ -165,6 +212,16 @@ inline void pack_rows(const T* src, int64_t stride, int64_t rows, int64_t n, flo
       pack_pair(src, r + 1 < rows ? src + stride : nullptr, n, dst);
     }
   }
+  for (int64_t w = words_of(rows, E::kPer); w < steps_of<E>(rows); ++w, dst += width) {
+    for (int64_t i = 0; i < width; i += kLanes) store(dst + i, zero());
+  }
+}
+
+// Scales a row of a product that comes without its factor.
+template <class E>
+inline void scale_row(float* s, int vectors, float scale) {
+  if constexpr (E::kUnit == 1) return;
+  for (int j = 0; j < vectors; ++j) store(s + j * kLanes, load(s + j * kLanes) * set1(scale));
 }
 
 // Rows as the right operand of a sum along rows: word w of row r goes to dst[w * kBlock + r];
@@ -192,7 +249,7 @@ inline void pack_transposed(const T* src, int64_t stride, int64_t rows, int64_t 
         }
       }
       transpose(square);
-      const int64_t take = min_of<int64_t>(kLanes, words - w);
+      const int64_t take = min_of<int64_t>(kLanes, steps_of<E>(n) - w);
       for (int64_t i = 0; i < take; ++i) store(dst + (w + i) * kBlock + r, square[i]);
     }
   }

@@ -73,7 +73,7 @@ struct ToHidden {
 
   void fetch(const packed::Place& at) const {
     if (!at.first || !at.last) {
-      packed::fetch_rows(packed::waiting(kept, r, at, 0), at.rows, packed::kWide);
+      packed::fetch_rows(packed::waiting(kept, r, at, 0), at.rows, packed::kCols);
     }
   }
   void operator()(const packed::Place& at, float* sums) const {
@@ -116,13 +116,13 @@ template <Activation kAct, class T>
 void hidden_product(const FeedForwardHidden& a, const Region& r, float* memory) {
   using E = packed::Engine<T>;
   float* const kept = memory + packed::scratch_floats<E>(a.in, false);
-  packed::in_height(r, keeps_sums<T>(a), [&](const Region& part) {
+  packed::in_height<E>(r, keeps_sums<T>(a), [&](const Region& part) {
     const ToHidden<kAct, T> sink{a, part, kept};
     if (a.w_gate.p == nullptr) {
       return packed::product<E, T>(a.x, a.in, part, memory, packed::columns_of<E, T>(a.w_in), sink);
     }
     const auto both = [&](int64_t k0, int64_t depth, int64_t n, int64_t width, float* to) {
-      const int64_t steps = (depth + E::kPer - 1) / E::kPer;
+      const int64_t steps = packed::steps_of<E>(depth);
       for (int64_t first = n / 2; first < (n + width) / 2; first += kLanes) {
         const int64_t outs = min_of<int64_t>(kLanes, a.out - first);
         const packed::Piece up{first, outs, kLanes, to, packed::kCols};
@@ -199,7 +199,7 @@ void pointwise(const FeedForwardPointwise& a, int64_t begin,
 FASTLM_EXPORT(FeedForwardKernels, feed_forward) = {
   kPanel,
   hidden,
-  packed::kRows,
+  packed::Engine<bf16>::kRows,
   packed::kCols,
   scratch,
   hidden_region,

@@ -6,7 +6,7 @@
 
 namespace fastlm {
 
-enum class Isa : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // Chosen once, at first use, from what the processor and the operating system offer; the
 // environment variable FASTLM_CPU_ISA forces one and throws std::runtime_error when it names an
@@ -32,8 +32,13 @@ bool isa_supported(Isa isa);
   namespace avx512bf16 {                \
   extern const Type stem;               \
   }                                     \
+  namespace amx {                       \
+  extern const Type stem;               \
+  }                                     \
   static const Type& stem##_kernels() { \
     switch (active_isa()) {             \
+      case Isa::kAmx:                   \
+        return amx::stem;               \
       case Isa::kAvx512Bf16:            \
         return avx512bf16::stem;        \
       case Isa::kAvx512:                \

@@ -84,7 +84,7 @@ void product_of(const Product& p, const Region& r, float* memory) {
     return packed::product<E, T>(p.a, p.k, r, memory, columns, packed::ToSums<T>{p});
   }
   float* const kept = memory + packed::scratch_floats<E>(p.k, false);
-  packed::in_height(r, keeps_sums<T>(p), [&](const Region& part) {
+  packed::in_height<E>(r, keeps_sums<T>(p), [&](const Region& part) {
     packed::product<E, T>(p.a, p.k, part, memory, columns, packed::ToRounded<T>{p, part, kept});
   });
 }
@@ -93,5 +93,5 @@ void product(const Product& p, const Region& r, float* memory) {
   with_type(p.dtype, [&]<class T>(const T*) { product_of<T>(p, r, memory); });
 }
 
-FASTLM_EXPORT(LinearKernels, linear) = {kPanel,        forward, packed::kRows,
+FASTLM_EXPORT(LinearKernels, linear) = {kPanel,        forward, packed::Engine<bf16>::kRows,
                                         packed::kCols, scratch, product};

@@ -11,12 +11,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "fastlm's native kernels; importing it registers them with PyTorch.";
   m.def(
       "cpu_isa", [] { return fastlm::isa_name(fastlm::active_isa()); },
-      "The instruction set in use: baseline, avx2, avx512 or avx512bf16.");
+      "The instruction set in use: baseline, avx2, avx512, avx512bf16 or amx.");
   m.def(
       "supported_isas",
       [] {
         py::list names;
-        for (int i = 0; i <= static_cast<int>(fastlm::Isa::kAvx512Bf16); ++i) {
+        for (int i = 0; i <= static_cast<int>(fastlm::Isa::kAmx); ++i) {
           const auto isa = static_cast<fastlm::Isa>(i);
           if (fastlm::isa_supported(isa)) names.append(fastlm::isa_name(isa));
         }

@@ -2,7 +2,7 @@
 
 Up to 16 rows the own kernel wins everywhere. Beyond, processors differ: MKL takes a generic path on
 AMD, Intel has tile units for bf16. So the first product of more rows measures both once (about
-60 ms, cached for the process and its thread count). FASTLM_BACKEND=cpu or torch leaves no choice,
+0.1 s, cached for the process and its thread count). FASTLM_BACKEND=cpu or torch leaves no choice,
 and where `fastlm tune` has measured the very class of calls, its verdict counts instead.
 
 PyTorch also carries oneDNN's fp32 linear (torch.ops.mkldnn._linear_pointwise). It is not used: it
@@ -29,7 +29,7 @@ from fastlm.ops._registry import forget
 
 FEW = 16  # rows up to which the weights' traffic decides, not the arithmetic
 SOME, MANY = 64, 256  # rows at which both are measured
-_SIDE = 512  # of the measured weight
+_SIDE = 1024  # of the measured weight; with 512, tile units are only half as fast as they get
 _ROUNDS, _BUDGET_S = 9, 0.15  # the second ends the measurement early on a loaded machine
 _MARGIN = 0.97  # the own kernel must be at least this much faster, so that noise decides less
 
