@@ -42,11 +42,11 @@ struct ForwardMemory {
   }
 };
 
-inline void store_weights(Singles, float* row, int64_t j, VecF a, VecF b) {
+FASTLM_WORD void store_weights(Singles, float* row, int64_t j, VecF a, VecF b) {
   store(row + j, a);
   store(row + j + kLanes, b);
 }
-inline void store_weights(Pairs, float* row, int64_t j, VecF a, VecF b) {
+FASTLM_WORD void store_weights(Pairs, float* row, int64_t j, VecF a, VecF b) {
   store_two(reinterpret_cast<bf16*>(row) + j, a, b);
 }
 

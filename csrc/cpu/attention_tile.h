@@ -177,11 +177,11 @@ inline void row_group(int rows, int vectors, int64_t steps, Left a, Right b, Tar
 // ---- packing ----
 
 template <class T, class... N>
-inline VecF load_words(Singles, const T* p, N... n) {
+FASTLM_WORD VecF load_words(Singles, const T* p, N... n) {
   return load(p, n...);
 }
-inline VecF load_words(Pairs, const bf16* p) { return as_float(load_pairs(p)); }
-inline VecF load_words(Pairs, const bf16* p, int n) { return as_float(load_pairs(p, n)); }
+FASTLM_WORD VecF load_words(Pairs, const bf16* p) { return as_float(load_pairs(p)); }
+FASTLM_WORD VecF load_words(Pairs, const bf16* p, int n) { return as_float(load_pairs(p, n)); }
 
 // n values as words, zero up to a whole vector.
 template <class E, class T>

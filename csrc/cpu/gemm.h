@@ -13,14 +13,14 @@
 //
 // Included by the kernel files, inside the set's namespace.
 
-inline VecF operand(const float* p) { return load(p); }
-inline VecF operand(const float* p, int n) { return load(p, n); }
-inline VecH operand(const bf16* p) { return load_pairs(p); }
-inline VecH operand(const bf16* p, int n) { return load_pairs(p, n); }
-inline VecF operand(const fp16* p) { return load(p); }
-inline VecF operand(const fp16* p, int n) { return load(p, n); }
-inline VecF multiply_add(VecF acc, VecF a, VecF b) { return fma(a, b, acc); }
-inline VecF multiply_add(VecF acc, VecH a, VecH b) { return dot2(acc, a, b); }
+FASTLM_WORD VecF operand(const float* p) { return load(p); }
+FASTLM_WORD VecF operand(const float* p, int n) { return load(p, n); }
+FASTLM_WORD VecH operand(const bf16* p) { return load_pairs(p); }
+FASTLM_WORD VecH operand(const bf16* p, int n) { return load_pairs(p, n); }
+FASTLM_WORD VecF operand(const fp16* p) { return load(p); }
+FASTLM_WORD VecF operand(const fp16* p, int n) { return load(p, n); }
+FASTLM_WORD VecF multiply_add(VecF acc, VecF a, VecF b) { return fma(a, b, acc); }
+FASTLM_WORD VecF multiply_add(VecF acc, VecH a, VecH b) { return dot2(acc, a, b); }
 
 template <class T>
 constexpr int kStep = kLanes;  // values in one operand
@@ -39,7 +39,7 @@ struct Sums {
 
 // One step of every accumulator; the operands of the longer side are used as they are loaded.
 template <int MR, int NR, class T, class... N>
-inline void tile_step(const T* x, int64_t ldx, const T* w, int64_t ldw, VecF* acc, N... n) {
+FASTLM_WORD void tile_step(const T* x, int64_t ldx, const T* w, int64_t ldw, VecF* acc, N... n) {
   if constexpr (MR < NR) {
     decltype(operand(x)) row[MR];
 #pragma GCC unroll 4

@@ -2,7 +2,7 @@
 
 // e^x. Cody-Waite reduction x = n ln 2 + r, |r| <= ln 2 / 2, degree-6 polynomial (Cephes expf);
 // at most 1 ulp off; 0 below -104, +inf above 88.73, NaN stays NaN.
-inline VecF vexp(VecF x) {
+FASTLM_WORD VecF vexp(VecF x) {
   const VecF low = set1(-104.0f), high = set1(89.0f);
   x = vmin(high, vmax(low, x));  // operand order: a NaN in x comes through
   const VecF n = vround(x * set1(1.44269504088896341f));
@@ -20,7 +20,7 @@ inline VecF vexp(VecF x) {
 
 // 2^f on [-1/2, 1/2]: minimax polynomials, degree 6 good to 2e-9 relative, degree 5 to 8e-8.
 template <int kDegree>
-inline VecF vpow2_fraction(VecF f) {
+FASTLM_WORD VecF vpow2_fraction(VecF f) {
   static_assert(kDegree == 5 || kDegree == 6);
   VecF p;
   if constexpr (kDegree == 6) {
@@ -41,7 +41,7 @@ inline VecF vpow2_fraction(VecF f) {
 // e^x for x <= 0, as a softmax needs it: one step of reduction, whose error grows with |x| while
 // the result shrinks as e^x. About half the cost of vexp; good for x <= 88 too.
 template <int kDegree>
-inline VecF vexp_falling(VecF x) {
+FASTLM_WORD VecF vexp_falling(VecF x) {
   const VecF log2e = set1(1.44269504088896341f);
   x = vmax(set1(-104.0f), x);  // operand order: a NaN in x comes through
   const VecF n = vround(x * log2e);
@@ -50,18 +50,18 @@ inline VecF vexp_falling(VecF x) {
 
 // 2^y for finite y <= 127.
 template <int kDegree>
-inline VecF vexp2_falling(VecF y) {
+FASTLM_WORD VecF vexp2_falling(VecF y) {
   if constexpr (kLanes != 16) y = vmax(set1(-150.0f), y);  // AVX-512 scales by any power
   const VecF n = vround(y);
   return pow2(vpow2_fraction<kDegree>(y - n), n);
 }
 
 // 1 / (1 + e^-x)
-inline VecF vsigmoid(VecF x) { return set1(1.0f) / (set1(1.0f) + vexp(zero() - x)); }
+FASTLM_WORD VecF vsigmoid(VecF x) { return set1(1.0f) / (set1(1.0f) + vexp(zero() - x)); }
 
 // tanh x: Cephes' polynomial near zero, exponentials beyond. *slope = 1 - tanh^2, beyond from the
 // exponential too: of a tanh rounded to nearly one nothing is left.
-inline VecF vtanh(VecF x, VecF* slope) {
+FASTLM_WORD VecF vtanh(VecF x, VecF* slope) {
   const VecF size = vabs(x), z = x * x, one = set1(1.0f);
   VecF p = set1(-5.70498872745e-3f);
   p = fma(p, z, set1(2.06390887954e-2f));
@@ -76,7 +76,7 @@ inline VecF vtanh(VecF x, VecF* slope) {
   *slope = select(is_near, one - near * near, rest * (one + far));
   return select(is_near, near, signed_far);
 }
-inline VecF vtanh(VecF x) {
+FASTLM_WORD VecF vtanh(VecF x) {
   VecF slope;
   return vtanh(x, &slope);
 }

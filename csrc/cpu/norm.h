@@ -157,23 +157,41 @@ inline void backward_group(const NormBackward& a, const Scale<!kCentred, W>& sca
     mean_gw[k] = set1(s.mean_gw);
     mean_gwh[k] = set1(s.mean_gwh);
   }
-  for_vectors(cols, [&](int64_t i, auto... n) {
-    const VecF w = scale(i, n...);
-    VecF sum_gh = zero(), sum_g = zero();
-    for (int k = 0; k < kRows; ++k) {
-      const int64_t at = k * cols + i;
-      const VecF gi = load(g + at, n...);
-      const VecF h = normalised<kCentred>(x, near[k], shift[k], rstd[k], at, n...);
-      const VecF gw = kCentred ? gi * w - mean_gw[k] : gi * w;
-      VecF d = (gw - h * mean_gwh[k]) * rstd[k];
-      if (extra != nullptr) d = d + load(extra + at, n...);
-      put(past_cache, dx + at, d, n...);
-      sum_gh = fma(gi, h, sum_gh);
-      sum_g = sum_g + gi;
+  // A line of a row at a time: rows may lie a multiple of a page apart, where a line that is left
+  // half read or half written has to make room for those of the other rows.
+  const auto columns = [&]<int kVectors>(int64_t i, auto... n) {
+    VecF w[kVectors], sum_gh[kVectors], sum_g[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      w[v] = scale(i + v * kLanes, n...);
+      sum_gh[v] = sum_g[v] = zero();
     }
-    if (dw != nullptr) store(dw + i, load(dw + i, n...) + sum_gh, n...);
-    if (kCentred && db != nullptr) store(db + i, load(db + i, n...) + sum_g, n...);
-  });
+    for (int k = 0; k < kRows; ++k) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = k * cols + i + v * kLanes;
+        const VecF gi = load(g + at, n...);
+        const VecF h = normalised<kCentred>(x, near[k], shift[k], rstd[k], at, n...);
+        const VecF gw = kCentred ? gi * w[v] - mean_gw[k] : gi * w[v];
+        VecF d = (gw - h * mean_gwh[k]) * rstd[k];
+        if (extra != nullptr) d = d + load(extra + at, n...);
+        put(past_cache, dx + at, d, n...);
+        sum_gh[v] = fma(gi, h, sum_gh[v]);
+        sum_g[v] = sum_g[v] + gi;
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = i + v * kLanes;
+      if (dw != nullptr) store(dw + at, load(dw + at, n...) + sum_gh[v], n...);
+      if (kCentred && db != nullptr) store(db + at, load(db + at, n...) + sum_g[v], n...);
+    }
+  };
+  constexpr int kLine = static_cast<int>(64 / sizeof(T)) / kLanes;  // its vectors
+  int64_t i = 0;
+  for (; i + kLine * kLanes <= cols; i += kLine * kLanes) columns.template operator()<kLine>(i);
+  for (; i + kLanes <= cols; i += kLanes) columns.template operator()<1>(i);
+  if (i < cols) columns.template operator()<1>(i, static_cast<int>(cols - i));
 }
 
 template <bool kCentred, class T, class W>

@@ -9,22 +9,23 @@ typedef __fp16 VecHalf __attribute__((vector_size(8)));
 #endif
 typedef uint32_t VecH __attribute__((vector_size(16)));  // a bf16 pair per lane
 
-inline VecF zero() { return VecF{}; }
-inline VecF set1(float x) { return VecF{x, x, x, x}; }
-inline VecF as_float(VecU bits) { return reinterpret_cast<VecF>(bits); }
-inline VecU as_bits(VecF v) { return reinterpret_cast<VecU>(v); }
+FASTLM_WORD VecF zero() { return VecF{}; }
+FASTLM_WORD VecF set1(float x) { return VecF{x, x, x, x}; }
+FASTLM_WORD VecF as_float(VecU bits) { return reinterpret_cast<VecF>(bits); }
+FASTLM_WORD VecU as_bits(VecF v) { return reinterpret_cast<VecU>(v); }
 
-inline VecF load(const float* p) {
+FASTLM_WORD VecF load(const float* p) {
   VecF v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-inline VecF load(const bf16* p) {
+FASTLM_WORD VecF load(const bf16* p) {
   VecW half;
   memcpy(&half, p, sizeof half);
   return as_float(__builtin_convertvector(half, VecU) << 16);
 }
-inline VecF load(const fp16* p) {  // exact, denormals included; by hand where no processor may help
+FASTLM_WORD VecF
+load(const fp16* p) {  // exact, denormals included; by hand where no processor may help
 #if defined(__ARM_FP16_FORMAT_IEEE)
   VecHalf half;
   memcpy(&half, p, sizeof half);
@@ -39,19 +40,19 @@ inline VecF load(const fp16* p) {  // exact, denormals included; by hand where n
   return as_float(bits | (words & 0x8000u) << 16);
 #endif
 }
-inline VecF load(const int8_t* p) {
+FASTLM_WORD VecF load(const int8_t* p) {
   return VecF{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
               static_cast<float>(p[3])};
 }
 template <class T>
-inline VecF load(const T* p, int n) {
+FASTLM_WORD VecF load(const T* p, int n) {
   T buffer[kLanes] = {};
   memcpy(buffer, p, sizeof(T) * static_cast<size_t>(n));
   return load(buffer);
 }
 
-inline void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
-inline void store(bf16* p, VecF v) {
+FASTLM_WORD void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
+FASTLM_WORD void store(bf16* p, VecF v) {
   const VecU bits = as_bits(v);
   const VecU rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   const VecU nan = reinterpret_cast<VecU>(v != v);
@@ -59,7 +60,7 @@ inline void store(bf16* p, VecF v) {
   const VecW half = __builtin_convertvector(words, VecW);
   memcpy(p, &half, sizeof half);
 }
-inline void store(fp16* p, VecF v) {
+FASTLM_WORD void store(fp16* p, VecF v) {
 #if defined(__ARM_FP16_FORMAT_IEEE)
   const VecHalf half = __builtin_convertvector(v, VecHalf);
 #else
@@ -75,35 +76,35 @@ inline void store(fp16* p, VecF v) {
   memcpy(p, &half, sizeof half);
 }
 template <class T>
-inline void store(T* p, VecF v, int n) {
+FASTLM_WORD void store(T* p, VecF v, int n) {
   T buffer[kLanes];
   store(buffer, v);
   memcpy(p, buffer, sizeof(T) * static_cast<size_t>(n));
 }
-inline void store_two(bf16* p, VecF a, VecF b) {
+FASTLM_WORD void store_two(bf16* p, VecF a, VecF b) {
   store(p, a);
   store(p + kLanes, b);
 }
 template <class T>
-inline void stream(T* p, VecF v) {
+FASTLM_WORD void stream(T* p, VecF v) {
   store(p, v);
 }
-inline void stream_end() {}
+FASTLM_WORD void stream_end() {}
 
-inline VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
-inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
-inline VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
-inline VecF vabs(VecF v) { return as_float(as_bits(v) & 0x7fffffffu); }
-inline VecF vsqrt(VecF v) { return VecF{sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
+FASTLM_WORD VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+FASTLM_WORD VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
+FASTLM_WORD VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
+FASTLM_WORD VecF vabs(VecF v) { return as_float(as_bits(v) & 0x7fffffffu); }
+FASTLM_WORD VecF vsqrt(VecF v) { return VecF{sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
 // Adding and taking off 1.5 * 2^23 leaves the nearest integer for |v| < 2^22.
-inline VecF vround(VecF v) {
+FASTLM_WORD VecF vround(VecF v) {
   const VecF magic = set1(12582912.0f);
   VecF shifted = v + magic;
   asm("" : "+m"(shifted));  // keeps the compiler from folding the pair away
   return shifted - magic;
 }
 // Two steps, so that results down to the denormals come out right.
-inline VecF pow2(VecF v, VecF n) {
+FASTLM_WORD VecF pow2(VecF v, VecF n) {
   const Mask whole = __builtin_convertvector(n, Mask);
   const Mask half = whole >> 1;
   const VecF a = reinterpret_cast<VecF>((half + 127) << 23);
@@ -111,22 +112,22 @@ inline VecF pow2(VecF v, VecF n) {
   return v * a * b;
 }
 
-inline Mask less(VecF a, VecF b) { return a < b; }
-inline Mask below(int64_t i, int64_t n) {
+FASTLM_WORD Mask less(VecF a, VecF b) { return a < b; }
+FASTLM_WORD Mask below(int64_t i, int64_t n) {
   const int64_t left = n - i;
   const int32_t k = left <= 0 ? 0 : left >= 4 ? 4 : static_cast<int32_t>(left);
   return Mask{0, 1, 2, 3} < Mask{k, k, k, k};
 }
-inline VecF select(Mask m, VecF a, VecF b) { return m ? a : b; }
+FASTLM_WORD VecF select(Mask m, VecF a, VecF b) { return m ? a : b; }
 
-inline VecF swap_neighbours(VecF v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2); }
-inline bool any(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+FASTLM_WORD VecF swap_neighbours(VecF v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2); }
+FASTLM_WORD bool any(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
 
-inline float reduce_add(VecF v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-inline float reduce_max(VecF v) { return max_of(max_of(v[0], v[2]), max_of(v[1], v[3])); }
+FASTLM_WORD float reduce_add(VecF v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+FASTLM_WORD float reduce_max(VecF v) { return max_of(max_of(v[0], v[2]), max_of(v[1], v[3])); }
 
 // Lane l of the result sums v[l], l = 0 ... 3.
-inline VecF reduce_lanes(const VecF* v) {
+FASTLM_WORD VecF reduce_lanes(const VecF* v) {
   const VecF ab = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5) +
                   __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
   const VecF cd = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5) +
@@ -134,14 +135,14 @@ inline VecF reduce_lanes(const VecF* v) {
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
-inline void transpose(VecF (&r)[4]) {
+FASTLM_WORD void transpose(VecF (&r)[4]) {
   const VecF a = r[0], b = r[1], c = r[2], d = r[3];
   for (int i = 0; i < 4; ++i) r[i] = VecF{a[i], b[i], c[i], d[i]};
 }
 
 constexpr bool kFastPairs = false;
-inline VecH as_pairs(VecF v) { return as_bits(v); }
-inline VecH pair_up(VecF a, VecF b) {
+FASTLM_WORD VecH as_pairs(VecF v) { return as_bits(v); }
+FASTLM_WORD VecH pair_up(VecF a, VecF b) {
   bf16 halves[8];
   store(halves, a);
   store(halves + 4, b);
@@ -151,60 +152,60 @@ inline VecH pair_up(VecF a, VecF b) {
   }
   return pairs;
 }
-inline VecH load_pairs(const bf16* p, const bf16* q) { return pair_up(load(p), load(q)); }
-inline VecH load_pairs(const bf16* p, const bf16* q, int n) {
+FASTLM_WORD VecH load_pairs(const bf16* p, const bf16* q) { return pair_up(load(p), load(q)); }
+FASTLM_WORD VecH load_pairs(const bf16* p, const bf16* q, int n) {
   return pair_up(load(p, n), load(q, n));
 }
-inline VecH load_pairs(const bf16* p) {
+FASTLM_WORD VecH load_pairs(const bf16* p) {
   VecH v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-inline VecH load_pairs(const bf16* p, int n) {  // n values, n < 2 kLanes
+FASTLM_WORD VecH load_pairs(const bf16* p, int n) {  // n values, n < 2 kLanes
   bf16 buffer[2 * kLanes] = {};
   memcpy(buffer, p, sizeof(bf16) * static_cast<size_t>(n));
   return load_pairs(buffer);
 }
-inline VecH broadcast_pair(const bf16* p) {
+FASTLM_WORD VecH broadcast_pair(const bf16* p) {
   uint32_t pair;
   memcpy(&pair, p, sizeof pair);
   return VecH{pair, pair, pair, pair};
 }
-inline void zip(VecH a, VecH b, VecH& lo, VecH& hi) {
+FASTLM_WORD void zip(VecH a, VecH b, VecH& lo, VecH& hi) {
   typedef uint16_t VecS __attribute__((vector_size(16)));
   const VecS x = reinterpret_cast<VecS>(a), y = reinterpret_cast<VecS>(b);
   lo = reinterpret_cast<VecH>(__builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11));
   hi = reinterpret_cast<VecH>(__builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15));
 }
-inline void unzip(VecF&, VecF&) {}  // lo and hi are in order already
-inline VecF dot2(VecF acc, VecH a, VecH b) {
+FASTLM_WORD void unzip(VecF&, VecF&) {}  // lo and hi are in order already
+FASTLM_WORD VecF dot2(VecF acc, VecH a, VecH b) {
   acc = fma(as_float(a << 16), as_float(b << 16), acc);
   return fma(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u), acc);
 }
 
 constexpr bool kFastBytes = false;
 typedef int32_t VecI __attribute__((vector_size(16)));
-inline VecI load_bytes(const uint8_t* p) {
+FASTLM_WORD VecI load_bytes(const uint8_t* p) {
   VecI v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-inline VecI set1_int(int32_t i) { return VecI{i, i, i, i}; }
-inline int32_t four_bytes(uint8_t b) { return static_cast<int32_t>(b * 0x01010101u); }
-inline VecI and_bytes(VecI v, uint8_t b) { return v & four_bytes(b); }
-inline VecI flip_bytes(VecI v, uint8_t b) { return v ^ four_bytes(b); }
-inline VecI high_nibbles(VecI v) { return and_bytes(v >> 4, 15); }
+FASTLM_WORD VecI set1_int(int32_t i) { return VecI{i, i, i, i}; }
+FASTLM_WORD int32_t four_bytes(uint8_t b) { return static_cast<int32_t>(b * 0x01010101u); }
+FASTLM_WORD VecI and_bytes(VecI v, uint8_t b) { return v & four_bytes(b); }
+FASTLM_WORD VecI flip_bytes(VecI v, uint8_t b) { return v ^ four_bytes(b); }
+FASTLM_WORD VecI high_nibbles(VecI v) { return and_bytes(v >> 4, 15); }
 template <int j>
-inline VecI byte_of(VecI v) {
+FASTLM_WORD VecI byte_of(VecI v) {
   return (v >> (8 * j)) & 255;
 }
 template <int kBits>
-inline VecI shift_add(VecI a, VecI b) {
+FASTLM_WORD VecI shift_add(VecI a, VecI b) {
   return (a << kBits) + b;
 }
-inline VecF to_lanes(VecI v) { return __builtin_convertvector(v, VecF); }
+FASTLM_WORD VecF to_lanes(VecI v) { return __builtin_convertvector(v, VecF); }
 // Products of bytes fit words; even and odd bytes apart, then the words of a lane are added.
-inline VecI dot4(VecI acc, VecI u, VecI s) {
+FASTLM_WORD VecI dot4(VecI acc, VecI u, VecI s) {
   typedef int16_t VecS __attribute__((vector_size(16)));
   typedef uint16_t VecUS __attribute__((vector_size(16)));
   const VecUS uw = reinterpret_cast<VecUS>(u), sw = reinterpret_cast<VecUS>(s);

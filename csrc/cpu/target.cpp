@@ -21,6 +21,10 @@
 #include "common/convert.h"
 #include FASTLM_PATH(ops, FASTLM_STEM)
 
+// A word of the vocabulary (simd.h, math.h) or of a register tile: a call would hand its vectors
+// over in memory, and in large files the compiler's limits on growth make calls of some.
+#define FASTLM_WORD [[gnu::always_inline]] inline
+
 // Ends every kernel file: FASTLM_EXPORT(RmsNormKernels, rms_norm) = {...};
 #define FASTLM_EXPORT(Type, stem) \
   }                               \
