@@ -66,6 +66,10 @@ void sync_warp(unsigned mask, Place place);
 void exchange(const void* mine, unsigned bytes, unsigned lane, unsigned count, void* out,
               Place place);
 
+// c += A B of a warp's fragments: a lane hands in its 8 elements of A and 4 of B
+// (csrc/cuda/mma.cuh).
+void multiply(const float (&mine)[12], float (&c)[4], Place place);
+
 // The shared array declared under this name in this line: the same for all threads of a block.
 void* shared_array(const char* name, unsigned bytes, int line);
 void* dynamic_shared();  // extern __shared__
@@ -177,6 +181,10 @@ inline unsigned long long __float2ull_rn(float value) {
 inline void __stwb(uint4* p, uint4 value) { *p = value; }
 template <class T>
 T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
   return *p;
 }
 
