@@ -48,6 +48,13 @@ def test_a_selection_that_matches_no_file_is_refused():
         tool.test_files(["nothing"])
 
 
+def test_sanitizers_run_beside_the_tests():
+    stages = tool.parse_stages(",".join(tool.STAGES))
+    names = [[name for name, _ in group] for group in tool.together(stages)]
+    assert names == [["build"], ["test", "sanitize"], ["decode"], ["bench"]]
+    assert tool.together([("build", []), ("sanitize", [])]) == [[("build", [])], [("sanitize", [])]]
+
+
 def test_only_the_architecture_that_is_here_is_built():
     found = [tool.architecture(c) for c in ("8.0", "8.9", "9.0", "10.0", "12.0")]
     assert found == ["8.0", "8.9", "9.0a", "10.0a", "12.0"]
@@ -97,7 +104,9 @@ def test_a_process_is_ended_at_its_limit_with_a_traceback(tmp_path):
     step, said = session.run("sleeper", [sys.executable, "-c", code], 2.5, echo=False)
     assert step.status == "timeout" and step.seconds < 20
     assert "begun" in said and "most recent call first" in said
-    assert (tmp_path / "sleeper.log").read_text() == said
+    kept = (tmp_path / "log.txt").read_text()
+    assert kept.startswith("== sleeper: timeout, ") and said in kept
+    assert not (tmp_path / "sleeper.log").exists()
     session.until = 0
     step, _ = session.run("late", [sys.executable, "-c", "1"], 10)
     assert (step.status, step.note) == ("skipped", "no time was left")
