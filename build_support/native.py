@@ -103,6 +103,9 @@ def cuda_arch_flags() -> list[str]:
     flags: list[str] = []
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS).replace(" ", ";")
     for arch in filter(None, wanted.split(";")):
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            form = "numbers such as 8.0;9.0a;12.0+PTX"
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: expected {form}, got {arch!r}")
         number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(cuda_code(number))
         if arch.endswith("+PTX"):

@@ -108,6 +108,13 @@ def test_cuda_architectures(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("archs", ["Hopper", "9.0a;90", "8.0+SASS"])
+def test_an_architecture_that_is_no_number_is_refused(monkeypatch, archs):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    with pytest.raises(native.BuildError, match="TORCH_CUDA_ARCH_LIST: expected numbers such as"):
+        native.cuda_arch_flags()
+
+
 @pytest.mark.parametrize("compiler", ["/nonexistent/g++", "ccache /nonexistent/g++", ""])
 def test_missing_compiler_is_named(monkeypatch, compiler):
     monkeypatch.setenv("CXX", compiler)

@@ -112,7 +112,12 @@ def test_a_process_is_ended_at_its_limit_with_a_traceback(tmp_path):
     assert (step.status, step.note) == ("skipped", "no time was left")
 
 
-def test_every_file_of_tests_is_counted(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("cores", [2, 6])  # a process a file, and with two workers each
+def test_every_file_of_tests_is_counted(tmp_path, monkeypatch, capsys, cores):
+    if cores == 6:
+        pytest.importorskip("xdist")
+    monkeypatch.setattr(tool, "CORES", cores)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # of the run this test is part of
     folder = tmp_path / "tests"
     folder.mkdir()
     (folder / "test_mixed.py").write_text(
@@ -128,7 +133,8 @@ def test_every_file_of_tests_is_counted(tmp_path, monkeypatch, capsys):
     notes = {step.name: (step.status, step.note) for step in stage.steps}
     assert stage.status == "failed" and "test-mixed" in stage.note
     assert notes["test-good"] == ("passed", "1 passed")
-    assert notes["test-dies"] == ("failed", "1 passed, exit status -9")
+    died = "1 passed, exit status -9" if cores == 2 else "1 passed, 1 failed, exit status 1"
+    assert notes["test-dies"] == ("failed", died)
     assert notes["test-mixed"][1].startswith("1 passed, 1 failed, 1 skipped")
     table = report_tool.tests(tmp_path / "out")
     assert "test_mixed.py | 1 | 1 | 1 |" in table and "assert 1 == 2" in table

@@ -39,7 +39,8 @@ STAGES = {
 }  # name -> seconds at most
 FORM = "build,test[:WORD+..],sanitize[:OP+..],decode[:bf16+int4],bench[:OP+..]"
 TEST_FILE = 150  # seconds one test file may take
-TOGETHER = max(2, min(8, (os.cpu_count() or 4) // 2))  # test files at a time
+CORES = os.cpu_count() or 4
+TOGETHER = max(2, min(8, CORES // 2))  # test files at a time
 DECODED = ("bf16", "int4")  # weights of the 7B-shaped decoder
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 NO_GPU = 3
@@ -248,15 +249,26 @@ def outcomes(lines: Path, file: Path) -> dict[str, int]:
     return counts
 
 
+def workers(session: Session, files: int) -> list[str]:
+    """pytest's arguments for the cores that are left: most of a test is compiling its kernels."""
+    each = min(8, CORES // files)
+    command = [session.python, "-c", "import xdist"]
+    if each < 2 or subprocess.run(command, capture_output=True).returncode != 0:
+        return []
+    return ["-n", str(each)]
+
+
 def test(session: Session, only: list[str]) -> Step:
     """Every file in a process of its own: a kernel that breaks the GPU breaks one file."""
     stage = Step("test", "passed")
+    files = test_files(only)
+    more = workers(session, len(files))
     lines = session.results / "tests.jsonl"
     lines.unlink(missing_ok=True)
 
     def one(file: Path) -> Step:
         command = [session.python, "-m", "pytest", "-p", "tools.gpu_pytest", "-q", "--tb=short"]
-        command += ["-p", "no:cacheprovider", str(file)]
+        command += ["-p", "no:cacheprovider", *more, str(file)]
         step, said = session.run(
             f"test-{file.stem.removeprefix('test_')}",
             command,
@@ -280,7 +292,7 @@ def test(session: Session, only: list[str]) -> Step:
     until = session.until
     session.until = min(until, time.monotonic() + STAGES["test"])
     with ThreadPoolExecutor(TOGETHER) as pool:
-        list(pool.map(one, test_files(only)))
+        list(pool.map(one, files))
     session.until = until
     session.stages.remove(stage)
     bad = [step.name for step in stage.steps if step.status in ("failed", "timeout")]
