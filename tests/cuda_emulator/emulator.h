@@ -6,6 +6,7 @@
 // an error that names kernel, block, thread and line:
 //   - an access outside the tensors handed to the kernel, a write to one it may only read;
 //   - an access outside a shared array, on either side;
+//   - an access of several bytes at an address that is no multiple of them;
 //   - two threads that meet at one place of shared memory, one of them writing, without a barrier
 //     between (within a warp __syncwarp counts as one; shuffles order nothing);
 //   - threads that wait at different barriers, or for one that has ended.
