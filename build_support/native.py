@@ -25,7 +25,7 @@ ABI_TARGET = "0x020b000000000000"  # libtorch stable ABI of torch 2.11
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
 # Whose intermediate code (PTX) an architecture takes: the kernels' is the same text, made once.
 PTX_OF = {"86": "80", "89": "80", "100a": "100", "120": "100"}
-NVCC_FLAGS = "-std=c++20 -O3 -lineinfo -Werror all-warnings"
+NVCC_FLAGS = "-std=c++20 -O3 -Werror all-warnings"
 
 # Compiler flags per instruction set; csrc/cpu/isa.cpp lists the same names, worst first.
 X86 = "-mavx2 -mfma -mf16c"
@@ -103,6 +103,9 @@ def cuda_arch_flags() -> list[str]:
     flags: list[str] = []
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS).replace(" ", ";")
     for arch in filter(None, wanted.split(";")):
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            form = "numbers such as 8.0;9.0a;12.0+PTX"
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: expected {form}, got {arch!r}")
         number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(cuda_code(number))
         if arch.endswith("+PTX"):
@@ -158,6 +161,27 @@ def kernel_object(ninja: Ninja, stem: str, isa: str) -> str:
     """Adds a row's kernels for one instruction set; returns the object's path."""
     flags = f"{ISA_FLAGS[isa]} -DFASTLM_ISA={isa} -DFASTLM_STEM={stem}"
     return ninja.build("cxx", ROOT / "csrc/cpu/target.cpp", f"{stem}.{isa}.o", extra=flags)
+
+
+def kernel_sources(stem: str) -> list[Path]:
+    """The header of a row's CPU kernels and what it includes of ours, directly or not."""
+    found = [ROOT / f"csrc/cpu/{stem}.h"]
+    for source in found:  # grows
+        for name in re.findall(r'^#include "([^"]+)"', source.read_text(), re.M):
+            if (ROOT / "csrc" / name) not in found:
+                found.append(ROOT / "csrc" / name)
+    return found
+
+
+def twin(stem: str, isa: str) -> str | None:
+    """The set whose object serves this one too: amx adds tiles alone, and few rows have any."""
+    tiles = any("__AMX_" in source.read_text() for source in kernel_sources(stem))
+    return None if tiles or isa != "amx" else "avx512bf16"
+
+
+def table_symbol(stem: str, isa: str) -> str:
+    """The linker's name of fastlm::amx::rope, a row's table of kernels."""
+    return f"_ZN6fastlm{len(isa)}{isa}{len(stem)}{stem}E"
 
 
 class Ninja:
@@ -269,14 +293,20 @@ def build(outdir: Path, ext_suffix: str, tmp: Path, *, only: str | None = None) 
     bound = (binding.stem for binding in bindings if binding.stem != "module")
     module += f' -DFASTLM_STEMS=\\"{",".join(bound)}\\"'
     objects = [ninja.build("cxx", csrc / "cpu/isa.cpp", "isa.o")]
+    aliases = ""
     for binding in bindings:
         stem = binding.stem
         extra = module if stem == "module" else ""
         objects.append(ninja.build("cxx", binding, f"{stem}.o", extra=extra))
-        if stem in stems:
-            objects += [kernel_object(ninja, stem, isa) for isa in isas]
+        for isa in isas if stem in stems else ():
+            same = twin(stem, isa)
+            if same is None:
+                objects.append(kernel_object(ninja, stem, isa))
+            else:
+                names = table_symbol(stem, isa), table_symbol(stem, same)
+                aliases += f" -Wl,--defsym,{'='.join(names)}"
     library = outdir / f"_C{ext_suffix}"
-    ninja.link(library, objects, libs)
+    ninja.link(library, objects, libs + aliases)
     written.append(library)
 
     ninja.write()
@@ -299,7 +329,10 @@ def _cuda_library(ninja: Ninja, cuda: Path, outdir: Path, libs: str) -> Path:
     flags = f"{NVCC_FLAGS} -Xfatbin -compress-all "
     flags += f"-Xcompiler -fPIC,-fvisibility=hidden --threads {threads} "
     flags += f"-I{csrc} -I{csrc / 'cuda'} "
-    flags += " ".join(cuda_arch_flags())
+    archs = cuda_arch_flags()
+    if len(archs) == 1:  # for the GPU at hand, where profilers and sanitizers name lines
+        flags += "-lineinfo "
+    flags += " ".join(archs)
     ninja.lines += [f"nvcc = {nvcc}", f"nvflags = {flags}"]
     ninja.rule("cuda", "$nvcc -MMD -MF $out.d $nvflags -c $in -o $out")
     kernels = sorted((csrc / "cuda").glob("*.cu"), key=lambda file: -file.stat().st_size)

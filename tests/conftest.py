@@ -24,12 +24,13 @@ def pytest_collection_modifyitems(items):
 def _seed_and_poison():
     torch.manual_seed(0)
     threads = torch.get_num_threads()  # commands that take --threads set them for the process
-    # deterministic mode also fills every torch.empty with NaN
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Deterministic mode also fills every torch.empty with NaN. This way of asking for it does not
+    # import the compiler, some 5 s in every process.
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 BYTE_TEMPLATE = (

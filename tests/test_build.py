@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,11 +108,28 @@ def test_cuda_architectures(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("archs", ["Hopper", "9.0a;90", "8.0+SASS"])
+def test_an_architecture_that_is_no_number_is_refused(monkeypatch, archs):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    with pytest.raises(native.BuildError, match="TORCH_CUDA_ARCH_LIST: expected numbers such as"):
+        native.cuda_arch_flags()
+
+
 @pytest.mark.parametrize("compiler", ["/nonexistent/g++", "ccache /nonexistent/g++", ""])
 def test_missing_compiler_is_named(monkeypatch, compiler):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(native.NoCompiler, match=r"no C\+\+ compiler: .* not found; install g\+\+"):
         native.require_compiler()
+
+
+def test_only_kernels_without_tiles_share_the_object_of_another_set():
+    """A row that uses AMX and is not compiled for it would silently run without."""
+    for stem in native.kernel_stems():
+        text = "".join(source.read_text() for source in native.kernel_sources(stem))
+        tiles = re.search(r"\b_tile_\w+\(", text) is not None
+        assert native.twin(stem, "amx") == (None if tiles else "avx512bf16"), stem
+        assert not any(native.twin(stem, isa) for isa in native.ISA_FLAGS if isa != "amx")
+    assert [s for s in ("linear", "attention", "rope") if native.twin(s, "amx")] == ["rope"]
 
 
 def test_missing_tool_is_named():

@@ -61,10 +61,12 @@ def test_wide_kernels_load_and_store_16_bytes(found):
 def test_products_run_on_tensor_cores(found):
     if cuda_budget.cuobjdump() is None:
         pytest.skip("no cuobjdump here (the CUDA toolkit and Triton have it)")
-    for arch, kernels in found["decode_attention"].items():
-        for kernel, facts in kernels.items():
-            wanted = "tensor_kernel" in kernel
-            assert bool(facts["tensor_core"]) == wanted, f"sm_{arch}: {kernel}: {facts}"
+    for stem in ("decode_attention", "quantized_linear"):
+        for arch, kernels in found[stem].items():
+            assert any("tensor_kernel" in kernel for kernel in kernels), stem
+            for kernel, facts in kernels.items():
+                wanted = "tensor_kernel" in kernel
+                assert bool(facts["tensor_core"]) == wanted, f"sm_{arch}: {kernel}: {facts}"
 
 
 def test_more_than_the_budget_is_a_complaint():

@@ -53,7 +53,8 @@ __global__ void bounds(const float* x, float* y, int fault) {
   if (fault == 4) y[t] = all[t - 1];
   if (fault == 5) const_cast<float*>(x)[t] = 1.0f;
   if (fault == 6) reinterpret_cast<float4*>(y)[t / 4 + 1] = {};
-  if (fault == 7) y[t] = reinterpret_cast<const float4*>(x + 1)[t / 4].w;
+  if (fault == 7) y[t] = reinterpret_cast<const float4*>(x + 4)[t / 4].w;
+  if (fault == 8) y[t] = reinterpret_cast<const float4*>(x + 1)[t / 8].w;
 }
 
 __global__ void meetings(const float* x, float* y, int fault) {
@@ -171,7 +172,8 @@ def test_sound_kernels_pass(library):
         ("bounds", 4, "thread 0 reads 4 bytes 4 before the start of shared array 'all'"),
         ("bounds", 5, "thread 0 writes 4 bytes of x, which is an input"),
         ("bounds", 6, "thread 60 writes 16 bytes 0 beyond the end of y"),
-        ("bounds", 7, "thread 60 reads 4 bytes 0 beyond the end of x"),
+        ("bounds", 7, "thread 60 reads 4 bytes 12 beyond the end of x"),
+        ("bounds", 8, "thread 0 meets an address that is no multiple of 16"),
         ("meetings", 1, "threads that never come: thread 0 to 39 waits at faults.cpp:"),
         ("meetings", 2, "waits at __syncthreads of faults.cpp:"),
         ("meetings", 3, "threads that never come: thread 0 to 2 waits at reduce.cuh:"),

@@ -206,7 +206,10 @@ FORMS = [dict(bits=8), dict(bits=4), dict(bits=4, symmetric=False), dict(bits=8,
          dict(bits=4, group_size=64, symmetric=False), dict(bits=4, group_size=128)]
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for number, form in enumerate(FORMS):
-        for rows, width, outputs in (((1,), 1280, 13), ((2, 3), 384, 9), ((16,), 128, 1)):
+        shapes = [((1,), 1280, 13), ((2, 3), 384, 9), ((16,), 128, 1)]
+        if dtype.itemsize == 2:  # tensor cores; all warps, the last 64 bytes of a row not whole
+            shapes[1:] = [((3, 3), 1120 if number < 3 else 2176, 45), ((16,), 128, 1)]
+        for rows, width, outputs in shapes:
             q = ops.quantize_weight(torch.randn(outputs, width), **form).unpack()
             w, w64 = q.dequantize(dtype), q.dequantize(torch.float64)
             x = torch.randn(*rows, width, dtype=dtype)
@@ -224,6 +227,23 @@ call = lambda x, q=q: own(x, q.values, q.scale, None, None, q.shape[0], False)
 x = torch.randn(5, 260)
 for view in (x[:, :256], x[:, 1:257], x[:, 4:260], torch.randn(256, 5).t()):  # odd places
     assert torch.equal(call(view), call(view.clone(memory_format=torch.contiguous_format)))
+# Tensor cores: every integer as it is, at every place; a row's bits are those it has among others.
+for dtype in (torch.bfloat16, torch.float16):
+    for bits, low, high in ((8, -128, 128), (4, -8, 8)):
+        numbers = torch.randint(low, high, (40, 128))
+        numbers[:2] = torch.arange(256).view(2, 128) % (high - low) + low
+        halves = (numbers + 8).view(40, 4, 2, 16).to(torch.uint8)
+        packed = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+        values = numbers.to(torch.int8) if bits == 8 else packed
+        steps = 2.0 ** torch.arange(4).expand(40, 4).half()
+        ones = torch.eye(128, dtype=dtype)
+        for first in range(0, 128, 16):
+            y = own(ones[first : first + 16], values, steps, None, None, 40, False)
+            wanted = (numbers * steps.repeat_interleave(32, 1)).T[first : first + 16]
+            assert torch.equal(y, wanted.to(dtype)), (dtype, bits, first)
+    x = torch.randn(16, 256).to(dtype)
+    assert all(torch.equal(call(x[:n]), call(x)[:n]) for n in (2, 5, 8))
+x = torch.randn(5, 260)
 moved = torch.empty(q.values.numel() + 1, dtype=torch.uint8)[1:].view_as(q.values)
 moved.copy_(q.values)
 assert torch.equal(call(x[:, :256], q._replace(values=moved)), call(x[:, :256]))

@@ -48,6 +48,13 @@ def test_a_selection_that_matches_no_file_is_refused():
         tool.test_files(["nothing"])
 
 
+def test_sanitizers_run_beside_the_tests():
+    stages = tool.parse_stages(",".join(tool.STAGES))
+    names = [[name for name, _ in group] for group in tool.together(stages)]
+    assert names == [["build"], ["test", "sanitize"], ["decode"], ["bench"]]
+    assert tool.together([("build", []), ("sanitize", [])]) == [[("build", [])], [("sanitize", [])]]
+
+
 def test_only_the_architecture_that_is_here_is_built():
     found = [tool.architecture(c) for c in ("8.0", "8.9", "9.0", "10.0", "12.0")]
     assert found == ["8.0", "8.9", "9.0a", "10.0a", "12.0"]
@@ -97,13 +104,20 @@ def test_a_process_is_ended_at_its_limit_with_a_traceback(tmp_path):
     step, said = session.run("sleeper", [sys.executable, "-c", code], 2.5, echo=False)
     assert step.status == "timeout" and step.seconds < 20
     assert "begun" in said and "most recent call first" in said
-    assert (tmp_path / "sleeper.log").read_text() == said
+    kept = (tmp_path / "log.txt").read_text()
+    assert kept.startswith("== sleeper: timeout, ") and said in kept
+    assert not (tmp_path / "sleeper.log").exists()
     session.until = 0
     step, _ = session.run("late", [sys.executable, "-c", "1"], 10)
     assert (step.status, step.note) == ("skipped", "no time was left")
 
 
-def test_every_file_of_tests_is_counted(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("cores", [2, 6])  # a process a file, and with two workers each
+def test_every_file_of_tests_is_counted(tmp_path, monkeypatch, capsys, cores):
+    if cores == 6:
+        pytest.importorskip("xdist")
+    monkeypatch.setattr(tool, "CORES", cores)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # of the run this test is part of
     folder = tmp_path / "tests"
     folder.mkdir()
     (folder / "test_mixed.py").write_text(
@@ -119,7 +133,8 @@ def test_every_file_of_tests_is_counted(tmp_path, monkeypatch, capsys):
     notes = {step.name: (step.status, step.note) for step in stage.steps}
     assert stage.status == "failed" and "test-mixed" in stage.note
     assert notes["test-good"] == ("passed", "1 passed")
-    assert notes["test-dies"] == ("failed", "1 passed, exit status -9")
+    died = "1 passed, exit status -9" if cores == 2 else "1 passed, 1 failed, exit status 1"
+    assert notes["test-dies"] == ("failed", died)
     assert notes["test-mixed"][1].startswith("1 passed, 1 failed, 1 skipped")
     table = report_tool.tests(tmp_path / "out")
     assert "test_mixed.py | 1 | 1 | 1 |" in table and "assert 1 == 2" in table

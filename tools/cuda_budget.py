@@ -73,7 +73,7 @@ def compile_one(stem: str, archs: tuple[str, ...]) -> dict[str, Kernels]:
     if cuda is None:
         raise RuntimeError("no nvcc here")
     source = ROOT / f"csrc/cuda/{stem}.cu"
-    flags = native.NVCC_FLAGS.replace("-lineinfo", "").split()  # which changes no code
+    flags = native.NVCC_FLAGS.split()
     flags += [word for arch in archs for word in native.cuda_code(arch).split()]
     digest = hashlib.sha256(f"{flags} {cuobjdump()}".encode())
     for file in (*_sources(source), cuda / "version.json", Path(__file__)):

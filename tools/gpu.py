@@ -5,7 +5,8 @@
 
 Needs an NVIDIA GPU, and no network where `python3` has everything (scripts/bootstrap.py). A stage
 has a time limit of its own, so that one hang does not eat the run; output goes to the terminal and
-to files under DIR, where every JSON file (summary, tests, decode-*, bench) is whole at any moment.
+to DIR/log.txt (what still runs: to a file of its own), where every JSON file (summary, tests,
+decode-*, bench) is whole at any moment.
 Standard library only: it runs before anything is built. Exit status: 0 all passed, 1 something
 failed, 2 a wrong argument, 3 no GPU.
 """
@@ -38,7 +39,8 @@ STAGES = {
 }  # name -> seconds at most
 FORM = "build,test[:WORD+..],sanitize[:OP+..],decode[:bf16+int4],bench[:OP+..]"
 TEST_FILE = 150  # seconds one test file may take
-TOGETHER = 4  # test files at a time
+CORES = os.cpu_count() or 4
+TOGETHER = max(2, min(8, CORES // 2))  # test files at a time
 DECODED = ("bf16", "int4")  # weights of the 7B-shaped decoder
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 NO_GPU = 3
@@ -124,6 +126,15 @@ class Session:
         with self._speak:
             print(text, flush=True)
 
+    def keep(self, step: Step, log: Path) -> str:
+        """Moves what a process said to the end of log.txt: a folder of few files; returns it."""
+        said = log.read_text()
+        with self._speak, (self.results / "log.txt").open("a") as file:
+            note = f"{step.status}, {step.seconds} s {step.note}".rstrip()
+            file.write(f"== {step.name}: {note}\n{said}\n")
+        log.unlink()
+        return said
+
     def left(self, limit: float) -> float:
         """Seconds a process may take: its own limit, or what the run has left."""
         return max(0.0, min(limit, self.until - time.monotonic()))
@@ -139,7 +150,7 @@ class Session:
     def run(
         self, name: str, command: Sequence[str], limit: float, *, echo: bool = True, **more: str
     ) -> tuple[Step, str]:
-        """Runs a process into DIR/name.log and, with `echo`, onto the terminal.
+        """Runs a process into DIR/log.txt and, with `echo`, onto the terminal.
 
         At its limit it is asked for a traceback (SIGABRT), then killed with all it started.
         """
@@ -176,7 +187,8 @@ class Session:
         note = "" if process.returncode == 0 else f"exit status {process.returncode}"
         if seconds >= limit and process.returncode != 0:
             status, note = "timeout", f"took more than {limit:.0f} s"
-        return Step(name, status, seconds, note), log.read_text()
+        step = Step(name, status, seconds, note)
+        return step, self.keep(step, log)
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -237,15 +249,26 @@ def outcomes(lines: Path, file: Path) -> dict[str, int]:
     return counts
 
 
+def workers(session: Session, files: int) -> list[str]:
+    """pytest's arguments for the cores that are left: most of a test is compiling its kernels."""
+    each = min(8, CORES // files)
+    command = [session.python, "-c", "import xdist"]
+    if each < 2 or subprocess.run(command, capture_output=True).returncode != 0:
+        return []
+    return ["-n", str(each)]
+
+
 def test(session: Session, only: list[str]) -> Step:
     """Every file in a process of its own: a kernel that breaks the GPU breaks one file."""
     stage = Step("test", "passed")
+    files = test_files(only)
+    more = workers(session, len(files))
     lines = session.results / "tests.jsonl"
     lines.unlink(missing_ok=True)
 
     def one(file: Path) -> Step:
         command = [session.python, "-m", "pytest", "-p", "tools.gpu_pytest", "-q", "--tb=short"]
-        command += ["-p", "no:cacheprovider", str(file)]
+        command += ["-p", "no:cacheprovider", *more, str(file)]
         step, said = session.run(
             f"test-{file.stem.removeprefix('test_')}",
             command,
@@ -269,7 +292,7 @@ def test(session: Session, only: list[str]) -> Step:
     until = session.until
     session.until = min(until, time.monotonic() + STAGES["test"])
     with ThreadPoolExecutor(TOGETHER) as pool:
-        list(pool.map(one, test_files(only)))
+        list(pool.map(one, files))
     session.until = until
     session.stages.remove(stage)
     bad = [step.name for step in stage.steps if step.status in ("failed", "timeout")]
@@ -371,6 +394,31 @@ STAGE: dict[str, Callable[[Session, list[str]], Step]] = {
 }
 
 
+def together(stages: list[tuple[str, list[str]]]) -> list[list[tuple[str, list[str]]]]:
+    """The stages in groups that run side by side: the sanitizers beside the tests, untimed both."""
+    groups: list[list[tuple[str, list[str]]]] = []
+    for stage in stages:
+        if stage[0] == "sanitize" and groups and groups[-1][0][0] == "test":
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
+
+
+def run_stage(session: Session, name: str, only: list[str]) -> Step:
+    """One stage; a selection that names nothing is its failure."""
+    session.say(f"\n== {name} " + "=" * 60)
+    started = time.monotonic()
+    try:
+        step = STAGE[name](session, only)
+    except Refused as refused:
+        step = Step(name, "failed", note=str(refused))
+    step.seconds = round(time.monotonic() - started, 1)
+    session.stages.append(step)
+    session.write()
+    return step
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the stages asked for; returns the exit status."""
     args = _arguments(argv)
@@ -391,17 +439,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         session.say(f"{gpu}, building for {session.environment['TORCH_CUDA_ARCH_LIST']}")
     if stages[0][0] != "build":  # without a change it takes a second, and it names the Python
         stages.insert(0, ("build", []))
-    for name, only in stages:
-        session.say(f"\n== {name} " + "=" * 60)
-        try:
-            step = STAGE[name](session, only)
-        except Refused as refused:
-            step = Step(name, "failed", note=str(refused))
-        if not step.seconds:
-            step.seconds = round(sum(s.seconds for s in step.steps), 1)
-        session.stages.append(step)
-        session.write()
-        if name == "build" and step.status == "failed":
+    (session.results / "log.txt").unlink(missing_ok=True)
+    for group in together(stages):
+        with ThreadPoolExecutor(len(group)) as pool:
+            made = list(pool.map(lambda stage: run_stage(session, *stage), group))
+        if made[0].name == "build" and made[0].status in ("failed", "timeout"):
             break
     session.say("\n== summary " + "=" * 60)
     for step in session.stages:

@@ -10,6 +10,8 @@ def pytest_runtest_logreport(report) -> None:
     """Writes the outcome of a test's body, or of a set-up that failed or skipped it."""
     if report.when != "call" and report.outcome == "passed":
         return
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whoever started the workers writes
+        return
     note = ""
     if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
         note = report.longrepr[2]

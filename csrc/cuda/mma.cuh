@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fastlm {
 
@@ -23,6 +24,18 @@ __device__ inline uint32_t pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   }
   return bits;
+}
+
+// a - b for two pairs of T at once, each rounded to nearest even.
+template <class T>
+__device__ inline uint32_t difference(uint32_t a, uint32_t b) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  Pair x, y;
+  __builtin_memcpy(&x, &a, sizeof a);
+  __builtin_memcpy(&y, &b, sizeof b);
+  x = __hsub2(x, y);
+  __builtin_memcpy(&a, &x, sizeof a);
+  return a;
 }
 
 // C += A B, sums in fp32. All lanes of the warp must call it.

@@ -2,9 +2,10 @@
 // Computes   y[r,n] = sum_g scale[n,g] sum_{k in g} q[n,k] x[r,k] (+ minimum[n,g] sum_{k in g}
 // x[r,k])
 //                     (+ bias[n])
-// Algorithm  a warp takes some outputs and rows of x; each lane multiplies every 32nd 16 bytes of
-//            their integers and scales what they add up to; the lanes' sums are added at the end.
-//            Integers become floats by a byte permutation into the mantissa of 2^23
+// Algorithm  one row, and fp32: a warp takes some outputs and rows of x; each lane multiplies every
+//            32nd 16 bytes of their integers and scales what they add up to; the lanes' sums are
+//            added at the end. Integers become floats by a byte permutation into the mantissa of
+//            2^23. Several rows of half precision: quantized_tensor.cuh
 // Tile       a block of 4 warps: 8 outputs, 1 or 4 rows of x
 // Traffic    the integers and scales once for 4 rows, x from the caches
 // Numerics   exact products of integers, fp32 sums in a fixed order, one rounding to y
@@ -13,6 +14,7 @@
 
 #include <cuda_runtime.h>
 
+#include "quantized_tensor.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
 
@@ -20,9 +22,7 @@ namespace fastlm {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kOuts = 2;    // outputs of a warp
-constexpr int kPiece = 16;  // bytes of one load
-
+constexpr int kOuts = 2;  // outputs of a warp
 // Four bytes of `word`, unsigned and below 2^8, minus `zero`.
 __device__ inline void to_floats(uint32_t word, float zero, float (&q)[4]) {
 #pragma unroll
@@ -149,10 +149,16 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T, QuantizedForm kForm, int kRows>
-int launch(const QuantizedRows& a, cudaStream_t stream) {
+template <QuantizedForm kForm>
+int pieces_shift(const QuantizedRows& a) {
   int shift = -5 + (kForm == QuantizedForm::kInt8);  // a group of 32 is two pieces, or one
   for (int64_t g = a.group; g > 1; g /= 2) ++shift;
+  return shift;
+}
+
+template <class T, QuantizedForm kForm, int kRows>
+int launch(const QuantizedRows& a, cudaStream_t stream) {
+  const int shift = pieces_shift<kForm>(a);
   const auto row_blocks = static_cast<int>((a.rows + kRows - 1) / kRows);
   const int64_t blocks = (a.out + kWarps * kOuts - 1) / (kWarps * kOuts) * row_blocks;
   const auto grid = static_cast<unsigned>(blocks);
@@ -162,7 +168,14 @@ int launch(const QuantizedRows& a, cudaStream_t stream) {
 
 template <class T, QuantizedForm kForm>
 int with_rows(const QuantizedRows& a, cudaStream_t stream) {
-  return a.rows == 1 ? launch<T, kForm, 1>(a, stream) : launch<T, kForm, 4>(a, stream);
+  if (a.rows == 1) return launch<T, kForm, 1>(a, stream);
+  if constexpr (sizeof(T) == 4) {
+    return launch<T, kForm, 4>(a, stream);
+  } else {
+    const auto grid = static_cast<unsigned>((a.out + kTensorOuts - 1) / kTensorOuts);
+    tensor_kernel<T, kForm><<<grid, kTensorThreads, 0, stream>>>(a, pieces_shift<kForm>(a));
+    return cudaGetLastError();
+  }
 }
 
 template <class T>

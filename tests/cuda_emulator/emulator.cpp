@@ -159,6 +159,19 @@ void exchange(const void* mine, unsigned bytes, unsigned lane, unsigned count, v
   memcpy(out, values + lane * bytes, size_t{count} * bytes);
 }
 
+void multiply(const float (&mine)[12], float (&c)[4], Place place) {
+  float all[32][12];
+  exchange(mine, sizeof mine, 0, 32, all, place);
+  const unsigned lane = block->current % 32;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const float x = all[row % 8 * 4 + k % 8 / 2][(row / 8 + k / 8 * 2) * 2 + k % 2];
+      c[i] += x * all[col * 4 + k % 8 / 2][8 + k / 8 * 2 + k % 2];
+    }
+  }
+}
+
 void run(const char* kernel, void (*call)(const void*), const void* closure, dim3 grid, dim3 size,
          unsigned dynamic_bytes) {
   body = call;

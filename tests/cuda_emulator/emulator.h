@@ -6,6 +6,7 @@
 // an error that names kernel, block, thread and line:
 //   - an access outside the tensors handed to the kernel, a write to one it may only read;
 //   - an access outside a shared array, on either side;
+//   - an access of several bytes at an address that is no multiple of them;
 //   - two threads that meet at one place of shared memory, one of them writing, without a barrier
 //     between (within a warp __syncwarp counts as one; shuffles order nothing);
 //   - threads that wait at different barriers, or for one that has ended.
@@ -65,6 +66,10 @@ void sync_warp(unsigned mask, Place place);
 // Each lane hands in `bytes` of `mine`; when all 32 have, gets those of `count` lanes.
 void exchange(const void* mine, unsigned bytes, unsigned lane, unsigned count, void* out,
               Place place);
+
+// c += A B of a warp's fragments: a lane hands in its 8 elements of A and 4 of B
+// (csrc/cuda/mma.cuh).
+void multiply(const float (&mine)[12], float (&c)[4], Place place);
 
 // The shared array declared under this name in this line: the same for all threads of a block.
 void* shared_array(const char* name, unsigned bytes, int line);
@@ -177,6 +182,10 @@ inline unsigned long long __float2ull_rn(float value) {
 inline void __stwb(uint4* p, uint4 value) { *p = value; }
 template <class T>
 T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
   return *p;
 }
 

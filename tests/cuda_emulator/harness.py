@@ -57,7 +57,8 @@ def compile_kernels(source: Path, folder: Path, *objects: Path) -> Path:
     for header in (ROOT / "csrc/cuda").glob("*.cuh"):
         if not (EMULATOR / header.name).exists():  # else the emulator has its own
             (translated / header.name).write_text(translate(header.read_text(), header.name))
-    watched = ["-O1", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
+    watched = ["-O1", "-g1", "-fsanitize=thread,alignment"]
+    watched += ["--param=tsan-instrument-func-entry-exit=0"]
     watched += [f"-I{translated}", f"-I{ROOT / 'csrc'}"]
     made = [_compile(kernels, folder, *watched)]
     made += _emulator()

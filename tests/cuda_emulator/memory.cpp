@@ -241,3 +241,19 @@ extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_vptr_update(void**, void*) {}
+
+// And what it calls for a pointer that is no multiple of its type's alignment: 16 bytes at once.
+struct Misaligned {
+  const char* file;
+  uint32_t line, column;
+  const void* type;
+  unsigned char log_alignment, kind;
+};
+extern "C" void __ubsan_handle_type_mismatch_v1(const Misaligned* at, const void*) {
+  if (emulator::block == nullptr) return;
+  const char* slash = strrchr(at->file, '/');
+  const std::string said =
+      "meets an address that is no multiple of " + std::to_string(1 << at->log_alignment) + ", " +
+      (slash == nullptr ? at->file : slash + 1) + ":" + std::to_string(at->line);
+  emulator::fail(said.c_str());
+}

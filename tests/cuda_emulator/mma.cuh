@@ -26,23 +26,16 @@ uint32_t pack(float low, float high) {
 }
 
 template <class T>
+uint32_t difference(uint32_t a, uint32_t b) {
+  return pack<T>(half_of(a, 0, T()) - half_of(b, 0, T()), half_of(a, 1, T()) - half_of(b, 1, T()));
+}
+
+template <class T>
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                  emulator::Place place = emulator::here()) {
-  struct Lane {
-    uint32_t a[4], b[2];
-  } mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, all[32];
-  emulator::exchange(&mine, sizeof mine, 0, 32, all, place);
-  const int lane = threadIdx.x % 32;
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
-    float sum = c[i];
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t x = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
-      const uint32_t y = all[col * 4 + k % 8 / 2].b[k / 8];
-      sum += half_of(x, k % 2, T()) * half_of(y, k % 2, T());
-    }
-    c[i] = sum;
-  }
+  float mine[12];  // as emulator::multiply wants them
+  for (int i = 0; i < 12; ++i) mine[i] = half_of(i < 8 ? a[i / 2] : b[i / 2 - 4], i % 2, T());
+  emulator::multiply(mine, c, place);
 }
 
 }  // namespace fastlm
