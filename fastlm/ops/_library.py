@@ -20,11 +20,29 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     The operators are private and carry no autograd: users call the functions of fastlm.ops.
     """
     name = schema[: schema.index("(")]
+    fake = _on_one_device(name, fake)
     _library.define(schema)
     torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
     operator = getattr(torch.ops.fastlm, name).default
     _defined[operator] = schema, fake
     return operator
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The shape function, which also runs where one of the tensors alone is a meta tensor.
+
+    What it returns would then pass for a result: RuntimeError, for the facade to explain.
+    """
+
+    def run(*args: Any) -> Any:
+        made = fake(*args)
+        devices = {x.device for x in args if isinstance(x, torch.Tensor)}
+        if len(devices) > 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise RuntimeError(f"{name}: tensors must be on one device, got {found}")
+        return made
+
+    return run
 
 
 def by_backend(stem: str, operator: Callable[..., Any]) -> dict[str, Callable[..., Any]]:

@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._attention_checks import check, check_options, check_packed
+from fastlm.ops._attention_checks import WIDEST, check, check_options, check_packed
 from fastlm.ops._library import autocasts, by_backend, define, direct, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._registry import Backend, memory, native, register, settle, triton
@@ -302,6 +302,7 @@ def attention(
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         check_options(q, k, batch, window, softcap, alibi_slopes, sinks, mask)
         options += _given(window, softcap, alibi_slopes, sinks, mask)
+        window = None if window is None else min(window, WIDEST)
     if autocasts(q) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -327,6 +328,8 @@ def attention(
     if backend == "torch":
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)
+        if mask is not None and mask.dim() < 2:  # which it does not broadcast by itself
+            mask = mask.expand(q.shape[2], k.shape[2])
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
