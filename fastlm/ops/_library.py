@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import _ext, settings  # noqa: F401  (importing _ext loads the kernels)
 
@@ -94,3 +95,39 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def twice() -> bool:
+    """Whether a backward function has to record what it does: a second derivative may follow."""
+    return torch.is_grad_enabled() and not is_dynamo_compiling()
+
+
+def again(
+    function: Callable[..., Any],
+    inputs: Sequence[torch.Tensor | None],
+    need: Sequence[bool],
+    *grads: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    """The gradients by PyTorch's own operators, so that they can be differentiated again.
+
+    The kernels carry no autograd: what they return would pass for a constant.
+    """
+    # views, for one input may be made of another, or be the same
+    leaves = [None if t is None else t.view_as(t) for t in inputs]
+    made = function(*leaves)
+    outputs = made if isinstance(made, tuple) else (made,)
+    given = [(y, g) for y, g in zip(outputs, grads, strict=False) if g is not None]
+    wanted = [t for t, n in zip(leaves, need, strict=False) if n and t is not None]
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in given],
+            wanted,
+            [g for _, g in given],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+    return [
+        next(found) if n and t is not None else None for t, n in zip(leaves, need, strict=False)
+    ]
