@@ -81,6 +81,20 @@ def direct(operator: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(operator, "_op", operator)
 
 
+class Function(torch.autograd.Function):
+    """An autograd.Function whose apply is C++ at once: a third less of a small call's forward.
+
+    What is left out refuses functorch's transforms; while one is on, or the compiler traces, it is
+    called. Positional arguments only.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
 def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast is on for x's device; PyTorch cannot be asked that of the meta device."""
     if x.is_cpu:

@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks, _torch
-from fastlm.ops._library import again, by_backend, define, direct, needs_grad, twice
+from fastlm.ops._library import Function, again, by_backend, define, direct, needs_grad, twice
 from fastlm.ops._measured import direction, rows
 from fastlm.ops._registry import Backend, memory, native, plain, register, settle, triton
 
@@ -67,7 +67,7 @@ _DIRECT = {name: direct(operator) for name, operator in _FORWARD.items()}
 _GATED_DIRECT = {name: direct(operator) for name, operator in _GATED.items()}
 
 
-class _Activation(torch.autograd.Function):
+class _Activation(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: int, backend: str) -> Tensor:
         ctx.save_for_backward(x)
@@ -83,7 +83,7 @@ class _Activation(torch.autograd.Function):
         return _BACKWARD[ctx.backend](grad, *ctx.saved_tensors, ctx.kind), None, None
 
 
-class _GatedActivation(torch.autograd.Function):
+class _GatedActivation(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: int, backend: str) -> Tensor:
         ctx.save_for_backward(gate, up)
@@ -98,7 +98,7 @@ class _GatedActivation(torch.autograd.Function):
         return *_GATED_BACKWARD[ctx.backend](grad, *ctx.saved_tensors, ctx.kind), None, None
 
 
-class _PackedActivation(torch.autograd.Function):
+class _PackedActivation(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: int, backend: str) -> Tensor:
         ctx.save_for_backward(x)

@@ -14,6 +14,7 @@ from fastlm import reference
 from fastlm.ops import _checks
 from fastlm.ops._attention_checks import WIDEST, check, check_options, check_packed
 from fastlm.ops._library import (
+    Function,
     again,
     autocasts,
     by_backend,
@@ -146,7 +147,7 @@ _forward_lse_of = by_backend("attention", _forward_lse)
 _gradients_of = by_backend("attention", _gradients)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(
         ctx: Any,

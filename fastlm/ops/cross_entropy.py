@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import _ext, reference
 from fastlm.ops import _checks, _torch
-from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._library import Function, by_backend, define, direct, needs_grad
 from fastlm.ops._measured import direction, rows
 from fastlm.ops._registry import Backend, memory, native, plain, register, settle, triton
 
@@ -78,7 +78,7 @@ _CROSS_ENTROPY = by_backend("cross_entropy", _cross_entropy)
 _DIRECT = {name: direct(operator) for name, operator in _CROSS_ENTROPY.items()}
 
 
-class _Reduced(torch.autograd.Function):
+class _Reduced(Function):
     """The gradient comes with the loss, in one visit to the logits, which are then not kept.
 
     What is not differentiable comes as one tuple: that saves 3 us a step.
@@ -104,7 +104,7 @@ class _Reduced(torch.autograd.Function):
         return *scaled(grad, gradient, backend=ctx.backend), None, None
 
 
-class _PerToken(torch.autograd.Function):
+class _PerToken(Function):
     """The gradient needs the tokens' own, so the logits are kept and visited again."""
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import again, autocasts, by_backend, define, needs_grad
+from fastlm.ops._library import Function, again, autocasts, by_backend, define, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._product import grad_w, grad_x, own
 from fastlm.ops._registry import Backend, absent, memory, native, register, settle, triton
@@ -85,7 +85,7 @@ _HIDDEN = by_backend("feed_forward", _hidden)
 _BACKWARD = by_backend("feed_forward", _backward)
 
 
-class _FeedForward(torch.autograd.Function):
+class _FeedForward(Function):
     """Keeps x and the projections; the activation is recomputed."""
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _torch
-from fastlm.ops._library import again, by_backend, define, direct, needs_grad, twice
+from fastlm.ops._library import Function, again, by_backend, define, direct, needs_grad, twice
 from fastlm.ops._norm import (
     check,
     cuda_unsupported,
@@ -56,7 +56,7 @@ _ADD_FORWARD = by_backend("layer_norm", _add_forward)
 _BACKWARD = by_backend("layer_norm", _backward)
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
@@ -74,7 +74,7 @@ class _LayerNorm(torch.autograd.Function):
         return dx, None if weight is None else dw, db if ctx.bias else None, None, None
 
 
-class _AddLayerNorm(torch.autograd.Function):
+class _AddLayerNorm(Function):
     @staticmethod
     def forward(
         ctx: Any,

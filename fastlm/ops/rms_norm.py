@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, overload
 
-import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _torch
-from fastlm.ops._library import again, by_backend, define, direct, needs_grad, twice
+from fastlm.ops._library import Function, again, by_backend, define, direct, needs_grad, twice
 from fastlm.ops._norm import (
     check,
     cuda_unsupported,
@@ -52,7 +51,7 @@ _ADD_FORWARD = by_backend("rms_norm", _add_forward)
 _BACKWARD = by_backend("rms_norm", _backward)
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, backend: str
@@ -70,7 +69,7 @@ class _RmsNorm(torch.autograd.Function):
         return dx, None if weight is None else dw, None, None, None
 
 
-class _AddRmsNorm(torch.autograd.Function):
+class _AddRmsNorm(Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -87,3 +87,11 @@ def test_second_derivatives_are_those_of_the_reference(name):
     exact = derivatives(function, reference, [x.double() for x in tensors])
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rms_norm bare", "gated silu", "attention full"])
+def test_function_transforms_are_refused(name):
+    """Function.apply leaves the layer out that says so, but not while a transform is on."""
+    function, (x, *rest) = cases()[name]
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: function(ops, x, *rest).sum())(x)
