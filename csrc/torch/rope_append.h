@@ -39,7 +39,7 @@ inline RopeAppendArgs rope_append_arguments(const RopeAppendTensors& x, const Te
   const auto is = [](const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
     return t.size(0) == a && t.size(1) == b && t.size(2) == c && t.size(3) == d;
   };
-  const auto in_rows = [](const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1; };
+  const auto in_rows = [](const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1; };
   const int64_t rows = x.table ? keys.size(0) : batch, block = keys.size(2);
   STD_TORCH_CHECK(is(k, batch, kv_heads, tokens, size) &&
                       is(v, batch, kv_heads, tokens, value_size) &&
@@ -71,9 +71,8 @@ inline RopeAppendArgs rope_append_arguments(const RopeAppendTensors& x, const Te
                         x.rotary > 0 && x.rotary % 2 == 0 && x.rotary <= size,
                     unfit);
     const int64_t width = x.cos->size(1);
-    STD_TORCH_CHECK((width == x.rotary || 2 * width == x.rotary) && x.cos->stride(1) == 1 &&
-                        x.sin->stride(1) == 1,
-                    unfit);
+    STD_TORCH_CHECK(
+        (width == x.rotary || 2 * width == x.rotary) && in_rows(*x.cos) && in_rows(*x.sin), unfit);
     a.cos = x.cos->const_data_ptr(), a.sin = x.sin->const_data_ptr();
     a.cos_row = x.cos->stride(0), a.sin_row = x.sin->stride(0);
     a.rotary = x.rotary, a.full_width = width == x.rotary;

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fastlm.ops import _checks
 
+WIDEST = 2**31 - 1  # window: a wider one, as of sys.maxsize, hides nothing more
+
 
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Checks q, k and v of [B, H, T, D]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,6 +56,6 @@ def same_dtype(op: str, argument: str, x: torch.Tensor, like: torch.Tensor) -> N
 
 
 def positive(op: str, argument: str, value: float) -> None:
-    """Checks that a number is above zero."""
-    if not value > 0:
-        raise fail(op, argument, "positive", value)
+    """Checks that a number is above zero and no infinity."""
+    if not 0 < value < math.inf:
+        raise fail(op, argument, "positive and finite", value)

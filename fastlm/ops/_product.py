@@ -35,8 +35,6 @@ _MARGIN = 0.97  # the own kernel must be at least this much faster, so that nois
 
 
 def _fake(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    if x.device != w.device:
-        raise ValueError("x and w must be on one device")
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
 

@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks, _torch
-from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._library import Function, again, by_backend, define, direct, needs_grad, twice
 from fastlm.ops._measured import direction, rows
 from fastlm.ops._registry import Backend, memory, native, plain, register, settle, triton
 
@@ -67,7 +67,7 @@ _DIRECT = {name: direct(operator) for name, operator in _FORWARD.items()}
 _GATED_DIRECT = {name: direct(operator) for name, operator in _GATED.items()}
 
 
-class _Activation(torch.autograd.Function):
+class _Activation(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: int, backend: str) -> Tensor:
         ctx.save_for_backward(x)
@@ -75,11 +75,15 @@ class _Activation(torch.autograd.Function):
         return _FORWARD[backend](x, kind)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:  # type: ignore[override]
+        if twice():
+            kind = KINDS[ctx.kind]
+            run = again(lambda x: reference.activation(x, kind), ctx.saved_tensors, (True,), grad)
+            return run[0], None, None
         return _BACKWARD[ctx.backend](grad, *ctx.saved_tensors, ctx.kind), None, None
 
 
-class _GatedActivation(torch.autograd.Function):
+class _GatedActivation(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: int, backend: str) -> Tensor:
         ctx.save_for_backward(gate, up)
@@ -88,10 +92,13 @@ class _GatedActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if twice():
+            gate, up = ctx.saved_tensors
+            return *_gated_again(ctx, gate, up, grad), None, None
         return *_GATED_BACKWARD[ctx.backend](grad, *ctx.saved_tensors, ctx.kind), None, None
 
 
-class _PackedActivation(torch.autograd.Function):
+class _PackedActivation(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: int, backend: str) -> Tensor:
         ctx.save_for_backward(x)
@@ -99,8 +106,22 @@ class _PackedActivation(torch.autograd.Function):
         return _PACKED[backend](x, kind)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:  # type: ignore[override]
+        if twice():
+            (x,) = ctx.saved_tensors
+            return (
+                _gated_again(ctx, x, None, grad.view(*x.shape[:-1], x.shape[-1] // 2))[0],
+                None,
+                None,
+            )
         return _PACKED_BACKWARD[ctx.backend](grad, *ctx.saved_tensors, ctx.kind), None, None
+
+
+def _gated_again(ctx: Any, gate: Tensor, up: Tensor | None, grad: Tensor) -> list[Any]:
+    def function(gate: Tensor, up: Tensor | None) -> Tensor:
+        return reference.gated_activation(gate, up, KINDS[ctx.kind])
+
+    return again(function, (gate, up), ctx.needs_input_grad[: 1 if up is None else 2], grad)
 
 
 # Calls of a few microseconds: the kernel checks the shapes, and only a refusal is looked into.
@@ -131,7 +152,8 @@ def activation(x: Tensor, kind: str) -> Tensor:
         ValueError: an unknown kind.
         TypeError: x is no floating-point tensor.
 
-    Computed in fp32 with one rounding to x's dtype. Differentiable once.
+    Computed in fp32 with one rounding to x's dtype. Differentiable, a second time by PyTorch's own
+    operators.
     Source: Hendrycks and Gimpel, arXiv:1606.08415 (gelu, silu); So et al., arXiv:2109.08668
     (relu2).
     """
@@ -167,7 +189,8 @@ def gated_activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
         ValueError: an unknown kind, or an `up` that does not fit gate.
         TypeError: an argument that is no floating-point tensor.
 
-    Computed in fp32 with one rounding to gate's dtype. Differentiable once in gate and up.
+    Computed in fp32 with one rounding to gate's dtype. Differentiable in gate and up, a second time
+    by PyTorch's own operators.
     Source: Shazeer, arXiv:2002.05202.
     """
     try:

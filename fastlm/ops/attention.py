@@ -12,8 +12,17 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._attention_checks import check, check_options, check_packed
-from fastlm.ops._library import autocasts, by_backend, define, direct, needs_grad
+from fastlm.ops._attention_checks import WIDEST, check, check_options, check_packed
+from fastlm.ops._library import (
+    Function,
+    again,
+    autocasts,
+    by_backend,
+    define,
+    direct,
+    needs_grad,
+    twice,
+)
 from fastlm.ops._measured import direction, power
 from fastlm.ops._registry import Backend, memory, native, register, settle, triton
 
@@ -138,7 +147,7 @@ _forward_lse_of = by_backend("attention", _forward_lse)
 _gradients_of = by_backend("attention", _gradients)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -166,6 +175,9 @@ class _Attention(torch.autograd.Function):
         ctx: Any, grad: Tensor, grad_lse: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, mask, slopes, sinks, starts_q, starts_k = ctx.saved_tensors
+        if twice():
+            options = mask, slopes, starts_q, starts_k
+            return *_again(ctx, (q, k, v, sinks), options, grad, grad_lse), *(None,) * 6
         if ctx.backend == "triton":
             wanted = sinks if ctx.needs_input_grad[5] else None
             tables = (out, lse, mask, slopes, wanted, starts_q, starts_k)
@@ -181,6 +193,39 @@ class _Attention(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             dsinks = _sinks_backward(grad, grad_lse, out, lse, sinks, starts_q)
         return dq, dk, dv, None, None, dsinks, *(None,) * 6
+
+
+def _again(
+    ctx: Any,
+    inputs: tuple[Tensor | None, ...],
+    tables: tuple[Tensor | None, ...],
+    grad: Tensor,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, mask (none), slopes (none) and sinks that have gradients themselves."""
+    causal, window, scale, softcap = ctx.numbers
+    mask, slopes, starts_q, starts_k = tables
+
+    def function(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Any:
+        return reference.attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            scale=scale,
+            window=window or None,
+            softcap=softcap or None,
+            alibi_slopes=slopes,
+            sinks=sinks,
+            mask=mask,
+            cu_seqlens_q=starts_q,
+            cu_seqlens_k=starts_k,
+            return_lse=True,
+        )
+
+    need = *ctx.needs_input_grad[:3], ctx.needs_input_grad[5]
+    dq, dk, dv, dsinks = again(function, inputs, need, grad, grad_lse)
+    return dq, dk, dv, None, None, dsinks
 
 
 @overload
@@ -271,7 +316,7 @@ def attention(
     A query that sees no key gives zeros and lse = -inf (with a sink: the sink), never NaN. Scores,
     softmax and sums are fp32; for bf16 the weights are rounded to bf16 before they meet v, fp16 is
     widened to fp32. The same input gives the same bits for any number of threads. Differentiable
-    once in q, k, v, alibi_slopes, sinks and a floating mask.
+    in q, k, v, alibi_slopes, sinks and a floating mask, a second time by PyTorch's own operators.
     Source: Dao, arXiv:2307.08691, algorithms 1 and 2; sinks: Xiao et al., arXiv:2309.17453.
 
     >>> q = torch.ones(1, 1, 2, 4)
@@ -302,6 +347,7 @@ def attention(
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         check_options(q, k, batch, window, softcap, alibi_slopes, sinks, mask)
         options += _given(window, softcap, alibi_slopes, sinks, mask)
+        window = None if window is None else min(window, WIDEST)
     if autocasts(q) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -327,6 +373,8 @@ def attention(
     if backend == "torch":
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)
+        if mask is not None and mask.dim() < 2:  # which it does not broadcast by itself
+            mask = mask.expand(q.shape[2], k.shape[2])
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped

@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import _ext, reference
 from fastlm.ops import _checks, _torch
-from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._library import Function, by_backend, define, direct, needs_grad
 from fastlm.ops._measured import direction, rows
 from fastlm.ops._registry import Backend, memory, native, plain, register, settle, triton
 
@@ -78,7 +78,7 @@ _CROSS_ENTROPY = by_backend("cross_entropy", _cross_entropy)
 _DIRECT = {name: direct(operator) for name, operator in _CROSS_ENTROPY.items()}
 
 
-class _Reduced(torch.autograd.Function):
+class _Reduced(Function):
     """The gradient comes with the loss, in one visit to the logits, which are then not kept.
 
     What is not differentiable comes as one tuple: that saves 3 us a step.
@@ -104,7 +104,7 @@ class _Reduced(torch.autograd.Function):
         return *scaled(grad, gradient, backend=ctx.backend), None, None
 
 
-class _PerToken(torch.autograd.Function):
+class _PerToken(Function):
     """The gradient needs the tokens' own, so the logits are kept and visited again."""
 
     @staticmethod
@@ -276,10 +276,13 @@ def cross_entropy(
             lacks = () if plain else torch_lacks(z_loss, softcap, token_weight)
             backend = _choose(key, logits, lacks, reduction)
         if backend in _CROSS_ENTROPY and (
-            weight is None is token_weight or _plain(weight, token_weight)
+            (weight is None or _plain(weight, logits.shape[-1:]))
+            and (token_weight is None or _plain(token_weight, target.shape))
         ):
             # the binding checks shapes and (on CPU) targets, for calls of a few microseconds
-            if not 0.0 <= label_smoothing <= 1.0 or (softcap is not None and not softcap > 0.0):
+            if not 0.0 <= label_smoothing <= 1.0 or (
+                softcap is not None and not 0.0 < softcap < math.inf
+            ):
                 raise ValueError
             if backend == "triton":
                 check_targets("cross_entropy", target, logits.shape[-1], ignore_index)
@@ -353,11 +356,13 @@ def _choose(key: tuple[Any, ...], logits: Tensor, lacks: tuple[str, ...], reduct
     return settle("cross_entropy", _chosen, key, logits, sizes, options=lacks)
 
 
-def _plain(*weights: Tensor | None) -> bool:
-    """Whether the kernel can read these weights as they are."""
-    return all(
-        w is None or (w.dtype == torch.float32 and w.is_contiguous() and not w.requires_grad)
-        for w in weights
+def _plain(weight: Tensor, shape: torch.Size) -> bool:
+    """Whether the kernel can read these weights as they are; it looks at their number only."""
+    return (
+        weight.dtype == torch.float32
+        and weight.shape == shape
+        and weight.is_contiguous()
+        and not weight.requires_grad
     )
 
 
@@ -430,8 +435,8 @@ def check_options(op: str, label_smoothing: float, softcap: float | None, reduct
     """Checks the numbers and names among the options."""
     if not 0.0 <= label_smoothing <= 1.0:
         raise _checks.fail(op, "label_smoothing", "in [0, 1]", label_smoothing)
-    if softcap is not None and not softcap > 0:
-        raise _checks.fail(op, "softcap", "positive or None", softcap)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise _checks.fail(op, "softcap", "positive and finite, or None", softcap)
     if reduction not in REDUCTIONS:
         raise _checks.fail(op, "reduction", f"one of {', '.join(REDUCTIONS)}", repr(reduction))
 

@@ -11,6 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks, _torch
+from fastlm.ops._attention_checks import WIDEST
 from fastlm.ops._library import autocasts, by_backend, define, direct, needs_grad
 from fastlm.ops._measured import power
 from fastlm.ops._registry import Backend, memory, native, plain, register, settle, triton
@@ -160,10 +161,10 @@ def decode_attention(
             return _torch.decode_attention(q, k_cache, v_cache, lengths, scale=scale)  # type: ignore[arg-type]
         if backend != "reference":
             many, one = (lengths, 0) if isinstance(lengths, Tensor) else (None, lengths)
-            slopes = None if alibi_slopes is None else alibi_slopes.float()
-            logits = None if sinks is None else sinks.float()
-            nearest = 0 if window is None else window or -1
-            cap = 0.0 if softcap is None else softcap if softcap > 0 else math.nan
+            slopes = None if alibi_slopes is None else _wide("alibi_slopes", alibi_slopes)
+            logits = None if sinks is None else _wide("sinks", sinks)
+            nearest = 0 if window is None else min(window, WIDEST) or -1
+            cap = 0.0 if softcap is None else softcap if 0 < softcap < math.inf else math.nan
             if mask is not None and mask.is_floating_point():
                 mask = mask.float()
             more = (slopes, logits, cap, block_table, mask, k_scale, v_scale)
@@ -190,6 +191,10 @@ def decode_attention(
 
 
 _chosen = memory()
+
+
+def _wide(name: str, x: Tensor) -> Tensor:
+    return _checks.floating("decode_attention", name, x).float()
 
 
 def _choose(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import autocasts, by_backend, define, needs_grad
+from fastlm.ops._library import Function, again, autocasts, by_backend, define, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._product import grad_w, grad_x, own
 from fastlm.ops._registry import Backend, absent, memory, native, register, settle, triton
@@ -85,7 +85,7 @@ _HIDDEN = by_backend("feed_forward", _hidden)
 _BACKWARD = by_backend("feed_forward", _backward)
 
 
-class _FeedForward(torch.autograd.Function):
+class _FeedForward(Function):
     """Keeps x and the projections; the activation is recomputed."""
 
     @staticmethod
@@ -153,14 +153,13 @@ def _differentiable(
     inputs: list[Tensor | None], kind: str, grad: Tensor, need: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The gradients by PyTorch's own operators, so that they can be differentiated again."""
-    x, w_in, w_out, w_gate, b_in, b_out, b_gate = inputs
-    assert x is not None and w_in is not None and w_out is not None
-    y = reference.feed_forward(
-        x, w_in, w_out, w_gate=w_gate, b_in=b_in, b_out=b_out, b_gate=b_gate, activation=kind
-    )
-    wanted = [t for t, n in zip(inputs, need, strict=False) if n and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return [next(found) if n else None for n in need[: len(inputs)]]
+
+    def function(x: Tensor, w_in: Tensor, w_out: Tensor, *rest: Tensor | None) -> Tensor:
+        w_gate, b_in, b_out, b_gate = rest
+        biases = {"b_in": b_in, "b_out": b_out, "b_gate": b_gate}
+        return reference.feed_forward(x, w_in, w_out, w_gate=w_gate, **biases, activation=kind)
+
+    return again(function, inputs, need[: len(inputs)], grad)
 
 
 # Rows at a time. Smaller blocks would keep the intermediates in cache, but the library packs the

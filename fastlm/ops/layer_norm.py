@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _torch
-from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._library import Function, again, by_backend, define, direct, needs_grad, twice
 from fastlm.ops._norm import (
     check,
     cuda_unsupported,
@@ -56,7 +56,7 @@ _ADD_FORWARD = by_backend("layer_norm", _add_forward)
 _BACKWARD = by_backend("layer_norm", _backward)
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
@@ -68,11 +68,13 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
+        if twice():
+            return *_again(ctx, x, weight, ctx.needs_input_grad[:3], grad), None, None
         dx, dw, db = _BACKWARD[ctx.backend](grad, None, x, weight, ctx.bias, ctx.eps)
         return dx, None if weight is None else dw, db if ctx.bias else None, None, None
 
 
-class _AddLayerNorm(torch.autograd.Function):
+class _AddLayerNorm(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -91,8 +93,25 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_summed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         summed, weight = ctx.saved_tensors
+        if twice():
+            need = True, *ctx.needs_input_grad[2:4]
+            dx, dw, db = _again(ctx, summed, weight, need, grad)
+            dx = dx + grad_summed
+            return dx, dx, dw, db, None, None
         dx, dw, db = _BACKWARD[ctx.backend](grad, grad_summed, summed, weight, ctx.bias, ctx.eps)
         return dx, dx, None if weight is None else dw, db if ctx.bias else None, None, None
+
+
+def _again(
+    ctx: Any, x: Tensor, weight: Tensor | None, need: tuple[bool, ...], grad: Tensor
+) -> list[Any]:
+    # the gradients do not depend on it; the kernels take it beside a weight of its type only
+    bias = torch.zeros_like(weight, requires_grad=True) if ctx.bias else None  # type: ignore[arg-type]
+
+    def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
+        return reference.layer_norm(x, weight, bias, ctx.eps)
+
+    return again(function, (x, weight, bias), need, grad)
 
 
 @overload
@@ -139,7 +158,8 @@ def layer_norm(
 
     Mean and variance (of the population, over the last dimension) are taken in two passes in fp32,
     so a mean far larger than the spread costs no accuracy; one rounding to x's dtype. The same
-    input gives the same bits for any number of threads. Differentiable once.
+    input gives the same bits for any number of threads. Differentiable, a second time by PyTorch's
+    own operators.
     Source: Ba, Kiros and Hinton, arXiv:1607.06450.
 
     >>> layer_norm(torch.tensor([[1.0, 3.0]]), eps=0.0)

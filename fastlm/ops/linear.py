@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks
-from fastlm.ops._library import autocasts, direct, needs_grad
+from fastlm.ops._library import Function, autocasts, direct, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._product import FEW, SOME, grad_w, grad_x, own, winners
 from fastlm.ops._registry import Backend, memory, native, register, settle
@@ -48,7 +48,7 @@ register(
 )
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, w)

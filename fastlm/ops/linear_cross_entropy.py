@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import _checks, _torch
-from fastlm.ops._library import autocasts, by_backend, define, needs_grad
+from fastlm.ops._library import Function, autocasts, by_backend, define, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._registry import Backend, memory, native, register, settle, triton
 from fastlm.ops.cross_entropy import (
@@ -113,7 +113,7 @@ def _product(rows: Tensor, weight: Tensor, grad: bool) -> str:
     return _products.get(key) or settle("linear", _products, key, rows, sizes, **facts)
 
 
-class _Reduced(torch.autograd.Function):
+class _Reduced(Function):
     """The gradients come with the loss; neither x nor weight is kept for them."""
 
     @staticmethod
@@ -147,7 +147,7 @@ class _Reduced(torch.autograd.Function):
         return *(next(gradients).to(ctx.dtype) if n else None for n in need), None, None
 
 
-class _PerToken(torch.autograd.Function):
+class _PerToken(Function):
     """The gradient of weight needs every token's own: the backward pass makes the logits again."""
 
     @staticmethod

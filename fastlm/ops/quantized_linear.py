@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks, _torch
-from fastlm.ops._library import autocasts, by_backend, define, direct, needs_grad
+from fastlm.ops._library import Function, autocasts, by_backend, define, direct, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._registry import (
     Backend,
@@ -116,7 +116,7 @@ _dequantize = define(
 )
 
 
-class _QuantizedLinear(torch.autograd.Function):
+class _QuantizedLinear(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None, int8: bool, backend: str

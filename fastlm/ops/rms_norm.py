@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, overload
 
-import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _torch
-from fastlm.ops._library import by_backend, define, direct, needs_grad
+from fastlm.ops._library import Function, again, by_backend, define, direct, needs_grad, twice
 from fastlm.ops._norm import (
     check,
     cuda_unsupported,
@@ -52,7 +51,7 @@ _ADD_FORWARD = by_backend("rms_norm", _add_forward)
 _BACKWARD = by_backend("rms_norm", _backward)
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, backend: str
@@ -64,11 +63,13 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
+        if twice():
+            return *_again(ctx, x, weight, ctx.needs_input_grad[:2], grad), None, None, None
         dx, dw = _BACKWARD[ctx.backend](grad, None, x, weight, ctx.eps, ctx.offset)
         return dx, None if weight is None else dw, None, None, None
 
 
-class _AddRmsNorm(torch.autograd.Function):
+class _AddRmsNorm(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -87,8 +88,22 @@ class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_summed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         summed, weight = ctx.saved_tensors
+        if twice():
+            need = True, ctx.needs_input_grad[2]
+            dx, dw = _again(ctx, summed, weight, need, grad)
+            dx = dx + grad_summed
+            return dx, dx, dw, None, None, None
         dx, dw = _BACKWARD[ctx.backend](grad, grad_summed, summed, weight, ctx.eps, ctx.offset)
         return dx, dx, None if weight is None else dw, None, None, None
+
+
+def _again(
+    ctx: Any, x: Tensor, weight: Tensor | None, need: tuple[bool, ...], grad: Tensor
+) -> list[Any]:
+    def function(x: Tensor, weight: Tensor | None) -> Any:
+        return reference.rms_norm(x, weight, ctx.eps, weight_offset=ctx.offset)
+
+    return again(function, (x, weight), need, grad)
 
 
 @overload
@@ -134,7 +149,8 @@ def rms_norm(
         TypeError: an argument that is no floating-point tensor.
 
     Statistics and products are fp32 with one rounding to x's dtype; the same input gives the same
-    bits for any number of threads. Differentiable once in x, weight and residual.
+    bits for any number of threads. Differentiable in x, weight and residual, a second time by
+    PyTorch's own operators.
     Source: Zhang and Sennrich, arXiv:1910.07467, equation 4.
 
     >>> rms_norm(torch.tensor([[3.0, 4.0]]), eps=0.0)

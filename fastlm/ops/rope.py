@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import _checks, _torch
-from fastlm.ops._library import by_backend, define, needs_grad
+from fastlm.ops._library import Function, by_backend, define, needs_grad
 from fastlm.ops._measured import direction, power
 from fastlm.ops._registry import (
     Backend,
@@ -137,7 +137,7 @@ _ROPE_IN_PLACE = by_backend("rope", _rope_in_place)
 _ROPE_SINGLE_IN_PLACE = by_backend("rope", _rope_single_in_place)
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -160,7 +160,7 @@ class _Rope(torch.autograd.Function):
         return dq, dk, None, None, None, None, None
 
 
-class _RopeSingle(torch.autograd.Function):
+class _RopeSingle(Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -451,7 +451,7 @@ STARTS = torch.tensor([0, 3], dtype=torch.int32)
         ((Q[..., :0], K[..., :0], K), {}, ValueError, "q must be of a head size of 1 or more"),
         ((Q, K, K), {"window": 0}, ValueError, "window must be 1 or more, got 0"),
         ((Q, K, K), {"window": -3}, ValueError, "window must be 1 or more, got -3"),
-        ((Q, K, K), {"softcap": 0.0}, ValueError, "softcap must be positive, got 0"),
+        ((Q, K, K), {"softcap": 0.0}, ValueError, "softcap must be positive and finite, got 0"),
         ((Q, K, K), {"sinks": torch.ones(3)}, ValueError, r"sinks must be \[4\], got \[3\]"),
         (
             (Q, K, K),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -179,3 +180,25 @@ def test_a_gradient_of_sinks_in_half_precision_is_not_the_kernels():
         ops.attention(q, q, q, sinks=sinks)
     ops.attention(q, q, q, sinks=sinks).float().sum().backward()
     assert sinks.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ops.implementations("attention"))
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("added", [False, True], ids=["bool", "added"])
+def test_a_mask_of_few_dimensions_is_broadcast(backend, dtype, added):
+    q, k, v = heads(2, 4, 5, 8, dtype), heads(2, 2, 7, 8, dtype), heads(2, 2, 7, 8, dtype)
+    row = torch.randn(7) if added else torch.arange(7) % 3 > 0
+    for mask in (row, row[3]):
+        with ops.use_backend(backend if dtype != torch.float64 or backend != "cpu" else None):
+            out = ops.attention(q, k, v, mask=mask)
+            assert torch.equal(out, ops.attention(q, k, v, mask=mask.expand(2, 4, 5, 7)))
+
+
+@pytest.mark.parametrize("backend", ops.implementations("attention"))
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_the_widest_window_hides_nothing(backend, causal):
+    """As sys.maxsize, which overflows where a position is added to it."""
+    q = heads(1, 2, 70, 16)
+    with ops.use_backend(backend):
+        out = ops.attention(q, q, q, causal=causal, window=100)
+        assert torch.equal(out, ops.attention(q, q, q, causal=causal, window=sys.maxsize))

@@ -412,6 +412,9 @@ TABLE = torch.zeros(2, 3, dtype=torch.int64)
             r"mask must be broadcastable to \[2, 4",
         ),
         ((Q, K, K, 9), {"mask": TABLE}, TypeError, "mask must be bool or floating-point"),
+        ((Q, K, K, 9), {"sinks": torch.ones(4).int()}, TypeError, "sinks must be a floating-point"),
+        ((Q, K, K, 9), {"alibi_slopes": torch.ones(4) > 0}, TypeError, "alibi_slopes must be a f"),
+        ((Q, K, K, 9), {"softcap": torch.inf}, ValueError, "softcap must be positive and finite"),
         ((Q, K, K, 9), {"k_scale": torch.ones(2, 2, 9)}, ValueError, "k_cache must be torch.int8"),
         (
             (Q, K.char(), K.char(), 9),

@@ -182,6 +182,20 @@ def test_any_strides(backend, dtype):
         assert y.transpose(1, 2).is_contiguous()  # as q lies
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_table_of_one_column_has_any_stride(backend):
+    x, (cos, sin) = torch.randn(1, 1, 3, 2), torch.randn(2, 9, 2)[..., ::2]
+    found = []
+    for tables in (
+        (cos, sin),
+        (cos.contiguous(), sin.contiguous()),
+    ):
+        caches = torch.zeros(1, 1, 8, 2), torch.zeros(1, 1, 8, 2)
+        with ops.use_backend(backend):
+            found.append((ops.rope_append(x, x, x, *tables, *caches, 5), *caches))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_number_of_threads_and_alone(dtype):
     shape = (2, 16, 4, 40, 64, 64)
