@@ -16,7 +16,6 @@ from fastlm.triton._attention_backward import (
 from fastlm.triton._attention_forward import attention_fwd
 from fastlm.triton._attention_mask import mask_tiles
 from fastlm.triton._configs import Config
-from fastlm.triton._launch import Kernel
 from fastlm.triton._primitives import ceil_div, power_of_two
 
 _FAR = 2**23  # elements between rows; further, and offsets within a tile would not fit 32 bits
@@ -149,7 +148,7 @@ def near(x: Tensor) -> Tensor:
 
 
 def launch(
-    kernel: Kernel,
+    kernel: Callable[..., None],
     programs: int,
     tensors: tuple[Tensor | None, ...],
     scalars: tuple[int | float, ...],
