@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastlm import ops, reference
 from fastlm.testing import check
+from fastlm.triton import attention
 from fastlm.triton._configs import Config, override
 from fastlm.triton.attention import near
 
@@ -316,6 +317,27 @@ def test_sums_of_no_fixed_order(dtype, causal):
         inputs,
         draws=2,
     )
+
+
+def test_the_deterministic_mode_asks_for_order_whatever_the_call_allows(monkeypatch):
+    seen = []
+
+    def watched(*args, **constants):
+        if "ATOMIC" in constants:
+            seen.append(constants["ATOMIC"])
+        launch(*args, **constants)
+
+    launch = attention.launch
+    monkeypatch.setattr(attention, "launch", watched)
+    x = heads(1, 1, 5, 16).requires_grad_()
+    try:
+        for mode in (False, True):
+            torch.use_deterministic_algorithms(mode)
+            for asked in (None, True, False):
+                ops.attention(x, x, x, deterministic=asked).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False, False, True, False, False, False]
 
 
 def test_same_bits_every_time():
