@@ -75,17 +75,32 @@ def on_no_gpu(monkeypatch):
     monkeypatch.setattr("triton.__version__", "3.9.0")
 
 
+def launched(function, way, warmup):
+    """A kernel whose compiler is replaced, and how it is launched: in Python, or in C."""
+    from fastlm.triton._launch import Kernel
+
+    if way == "native" and _ext.native is None:
+        pytest.skip(f"{_ext.native_error}")
+    kernel = Kernel(function)
+    kernel.function.warmup = warmup
+    launch = kernel.quick() if way == "native" else kernel
+    assert (launch is kernel) == (way == "python")
+    return kernel, launch
+
+
+WAYS = pytest.mark.parametrize("way", ["python", "native"])
+
+
 @NEEDS_TRITON
-def test_compiled_kernels_are_kept_by_what_they_depend_on(monkeypatch):
+@WAYS
+def test_compiled_kernels_are_kept_by_what_they_depend_on(monkeypatch, way):
     import triton.language as tl
 
     from fastlm.triton._configs import Config
-    from fastlm.triton._launch import Kernel
 
     def add(x, y, n, BLOCK: tl.constexpr, FAST: tl.constexpr):
         pass
 
-    kernel = Kernel(add)
     asked, launches = [], []
 
     def warmup(*args, **options):
@@ -93,7 +108,7 @@ def test_compiled_kernels_are_kept_by_what_they_depend_on(monkeypatch):
         return Compiled(launches)
 
     on_no_gpu(monkeypatch)
-    monkeypatch.setattr(kernel.function, "warmup", warmup)
+    _, kernel = launched(add, way, warmup)
     x, grid, config = torch.zeros(64), (3, 1, 1), Config((64,), 2)
     call = {"BLOCK": 64, "FAST": True}
     for _ in range(3):
@@ -111,6 +126,15 @@ def test_compiled_kernels_are_kept_by_what_they_depend_on(monkeypatch):
         ((x, None), (65,), config, call),
         ((x, None), (64,), Config((64,), 4), call),
         ((x, None), (64,), config, {**call, "FAST": False}),
+        ((x.bfloat16(), None), (64,), config, call),  # as wide as the half before
+        ((x.int(), None), (64,), config, call),  # as wide as fp32
+        ((x, None), (-64,), config, call),
+        ((x, None), (2**40,), config, call),
+        ((x, None), (0.5,), config, call),
+        ((x, None), (-0.5,), config, call),
+        ((x, None), (0x3FE0000000000000,), config, call),  # the bits of 0.5
+        ((x, None), (2**70,), config, call),
+        ((x, None), (-1,), config, call),
     ]
     for number, (tensors, numbers, how, constants) in enumerate(others, 2):
         for _ in range(2):
@@ -118,10 +142,177 @@ def test_compiled_kernels_are_kept_by_what_they_depend_on(monkeypatch):
         assert len(asked) == number
     with pytest.raises(TypeError, match="add: constants must be BLOCK, FAST in this order"):
         kernel(grid, (x, None), (66,), config, FAST=True, BLOCK=64)
+    with pytest.raises(TypeError, match="add: constants must be BLOCK, FAST in this order"):
+        kernel(grid, (x, None), (66,), config, BLOCK=64)
+    kernel(grid, (torch.nn.Parameter(x), None), (64,), config, **call)
+    assert launches[-1] == launches[0], "a Parameter is a tensor like any other"
 
 
 @NEEDS_TRITON
-def test_a_device_that_is_not_current_is_made_so_for_the_launch(monkeypatch):
+def test_a_key_that_outlives_its_objects_matches_no_other(monkeypatch):
+    """What the native cache knows by its address it keeps alive."""
+    from triton.language import constexpr
+
+    from fastlm.triton._configs import Config
+
+    def add(x, n, KIND: constexpr):
+        pass
+
+    asked = []
+
+    def warmup(*args, **options):
+        asked.append(None)  # nothing that would keep them alive
+        return Compiled([])
+
+    on_no_gpu(monkeypatch)
+    _, launch = launched(add, "native", warmup)
+    x = torch.zeros(4)
+    for number in range(50):  # each freed before the next is made, unless it is kept
+        launch((1, 1, 1), (x,), (4,), Config((number,), 1), KIND="kind")
+        launch((1, 1, 1), (x,), (4,), Config((0,), 1), KIND=(number, "kind"))
+    assert len(asked) == 100
+
+
+@NEEDS_TRITON
+def test_plans_are_dropped_when_there_are_many(monkeypatch):
+    from fastlm.triton import _launch
+    from fastlm.triton._configs import Config
+
+    def add(x, n):
+        pass
+
+    asked = []
+
+    def warmup(*args, **options):
+        asked.append(args[1])
+        return Compiled([])
+
+    on_no_gpu(monkeypatch)
+    monkeypatch.setattr(_launch, "_MOST", 3)
+    for way in ("python", "native"):
+        _, launch = launched(add, way, warmup)
+        asked.clear()
+        x, config = torch.zeros(4), Config((4,))
+        for n in (0, 1, 2, 2, 3, 3, 0):
+            launch((1, 1, 1), (x,), (n,), config)
+        assert asked == [0, 1, 2, 3, 0], way
+
+
+@NEEDS_TRITON
+@WAYS
+def test_an_error_of_the_launcher_or_the_compiler_is_raised(monkeypatch, way):
+    from fastlm.triton._configs import Config
+
+    def add(x, n):
+        pass
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("out of resources")
+
+    def warmup(x, n, **options):
+        if n == 1:
+            raise ValueError("no such thing")
+        return Broken()
+
+    on_no_gpu(monkeypatch)
+    _, launch = launched(add, way, warmup)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of resources"):
+            launch((1, 1, 1), (torch.zeros(4),), (4,), Config((4,)))
+        with pytest.raises(ValueError, match="no such thing"):
+            launch((1, 1, 1), (torch.zeros(4),), (1,), Config((4,)))
+
+
+@NEEDS_TRITON
+@WAYS
+def test_profilers_and_recorders_are_seen(monkeypatch, way):
+    from fastlm.triton import _launch
+    from fastlm.triton._configs import Config
+
+    def add(x, n):
+        pass
+
+    enter, leave, seen = [], [], []
+    on_no_gpu(monkeypatch)
+    monkeypatch.setattr(_launch, "_ENTER", enter)
+    monkeypatch.setattr(_launch, "_EXIT", leave)
+    plain, profiled = (lambda *a, word=word: seen.append(word) for word in ("plain", "profiled"))
+    plan = _launch.Plan(plain, (), (), True, profiled)
+    monkeypatch.setattr(_launch, "planned", lambda *args: plan)
+    kernel, launch = launched(add, way, lambda *args, **options: None)
+    x, config = torch.zeros(4), Config((4,))
+    for hooks in (enter, leave):
+        launch((1, 1, 1), (x,), (4,), config)
+        hooks.append(print)
+        launch((1, 1, 1), (x,), (4,), config)
+        hooks.clear()
+    with _launch.recording("sm_90") as recorded:
+        launch((1, 1, 1), (torch.empty(4, device="meta"),), (4,), config)
+    launch((1, 1, 1), (x,), (4,), config)
+    assert [r.kernel for r in recorded] == [kernel]
+    assert seen == ["plain", "profiled", "plain", "profiled", "plain"]
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("nested", [True, False], ids=["one tuple", "flat"])
+def test_both_ways_hand_over_the_same(monkeypatch, nested):
+    """Whatever form Triton's function in C takes its arguments in."""
+    from fastlm.triton import _launch
+    from fastlm.triton._configs import Config
+
+    def add(x, y, z, n, factor):
+        pass
+
+    calls = []
+    on_no_gpu(monkeypatch)
+
+    def planned(compiled, rest):
+        middle = ("function", False, None, (4, 1, 0))
+        return _launch.Plan(lambda *args: calls.append(args), middle, rest, nested, print)
+
+    monkeypatch.setattr(_launch, "planned", planned)
+    x = torch.zeros(64, dtype=torch.float8_e4m3fn)
+    tensors = (x[3:], None, torch.zeros(2, dtype=torch.bool), torch.zeros(0))
+    for way in ("python", "native"):
+        launch = launched(add, way, lambda *args, **options: None)[1]
+        for _ in range(2):
+            launch((3, 2, 1), tensors, (4, 0.5), Config((4,)))
+    assert calls.count(calls[0]) == 4
+    pointers = (x.data_ptr() + 3, 0, tensors[2].data_ptr(), 0, 4, 0.5)
+    end = (pointers,) if nested else pointers
+    assert calls[0] == (3, 2, 1, 7, "function", False, None, (4, 1, 0), *end)
+
+
+@NEEDS_TRITON
+def test_on_amd_the_size_of_the_memory_counts(monkeypatch):
+    """There Triton takes 32-bit offsets for tensors that lie within 2 GB."""
+    from fastlm.triton import _launch
+    from fastlm.triton._configs import Config
+
+    def add(x, n):
+        pass
+
+    asked = []
+
+    def warmup(*args, **options):
+        asked.append(args)
+        return Compiled([])
+
+    on_no_gpu(monkeypatch)
+    monkeypatch.setattr(_launch, "_SIZED", True)
+    monkeypatch.setattr(_launch, "_NEAR", 31)
+    kernel = _launch.Kernel(add)
+    kernel.function.warmup = warmup
+    assert kernel.quick() is kernel
+    for x in (torch.zeros(4), torch.zeros(8)[:4], torch.zeros(4), torch.zeros(8)[:4]):
+        kernel((1, 1, 1), (x, None), (4,), Config((4,)))
+    assert len(asked) == 2
+
+
+@NEEDS_TRITON
+@WAYS
+def test_a_device_that_is_not_current_is_made_so_for_the_launch(monkeypatch, way):
     import contextlib
 
     from fastlm.triton import _launch
@@ -147,8 +338,7 @@ def test_a_device_that_is_not_current_is_made_so_for_the_launch(monkeypatch):
     def add(x, n):
         pass
 
-    kernel = _launch.Kernel(add)
-    monkeypatch.setattr(kernel.function, "warmup", lambda *args, **options: Compiled(launches))
+    _, kernel = launched(add, way, lambda *args, **options: Compiled(launches))
     x = torch.zeros(4)  # whose device has the number -1
     kernel((1, 1, 1), (x,), (4,), Config((4,)))
     assert streams == [(-1, -1)] and len(launches) == 1 and current == [3]
@@ -202,10 +392,10 @@ def test_the_short_way_to_the_launcher_hands_over_what_triton_would(monkeypatch,
             return lambda *args, stream: seen.append(args)
 
         monkeypatch.setattr(CompiledKernel, "__getitem__", triton_s)
-        _launch.launcher(made, (64, 128))((3, 1, 1), 7, [4096, 0])
+        _launch.planned(made, (64, 128)).launch((3, 1, 1), 7, [4096, 0])
         assert seen == [(4096, 0, 64, 128)] and not calls, "a profiler sees Triton's own launch"
         return
-    _launch.launcher(made, (64, 128))((3, 1, 1), 7, [4096, 0])
+    _launch.planned(made, (64, 128)).launch((3, 1, 1), 7, [4096, 0])
     made[3, 1, 1](4096, 0, 64, 128, stream=7)
 
     def plain(x):

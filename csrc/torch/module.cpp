@@ -4,6 +4,7 @@
 
 #include "cpu/isa.h"
 #include "torch/decode_plan_python.h"
+#include "torch/triton_launch_python.h"
 
 namespace py = pybind11;
 
@@ -36,4 +37,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       "Compiler, torch it was compiled against, stable ABI version, operators, whether with CUDA.");
   fastlm::bind_decode_plan(m);
+  m.def("triton_launcher", &fastlm::make_triton_launcher, py::arg("tensor_type"), py::arg("names"),
+        py::arg("watched"), py::arg("current_device"), py::arg("current_stream"), py::arg("plan"),
+        py::arg("slow"), py::arg("most"),
+        "Launches of one Triton kernel that are like earlier ones (fastlm/triton/_launch.py).");
 }

@@ -302,7 +302,8 @@ def attention(
         cu_seqlens_k: the same for k and v; cu_seqlens_q when None.
         return_lse: also returns log sum_j exp(s_ij), the sink included.
         deterministic: False allows a backward whose sums have no fixed order, where one is offered
-            (Triton's: fewer products); every other kernel of ours gives the same bits every time.
+            (Triton's: fewer products), unless torch.use_deterministic_algorithms asks for order;
+            every other kernel of ours gives the same bits every time.
 
     Returns:
         out [B, Hq, Tq, Dv] of q's dtype, a view of a [B, Tq, Hq, Dv] tensor where a kernel made it
@@ -364,7 +365,8 @@ def attention(
         wide = None if sinks is None else sinks.float().contiguous()
         tables = (mask, slopes, wide, cu_seqlens_q, cu_seqlens_k)
         if needs_grad(q, k, v, sinks):
-            how = (backend, deterministic is not False)
+            fixed = deterministic is not False or torch.are_deterministic_algorithms_enabled()
+            how = (backend, fixed)
             return _Attention.apply(q, k, v, *tables, numbers, return_lse, *how)
         if not return_lse:
             return _forward_of[backend](q, k, v, *tables, *numbers)

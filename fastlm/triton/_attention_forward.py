@@ -2,7 +2,8 @@
 
 Computes   out_i = sum_j softmax_j(s_ij) v_j, lse_i = log sum_j exp(s_ij)
 Algorithm  one program a tile of BM queries of one head; it walks the tiles of BN keys that the
-           tile sees with the running maximum and sum of each row (online softmax)
+           tile sees with the running maximum and sum of each row (online softmax). PACK: the
+           rows of a tile are the queries of all heads of a group, one query's beside each other
 Tile       [ cut by the window | full: no masking | cut by causal, window or the last key ]
 Traffic    q and out once; k and v once a tile of queries, mostly from L2
 Numerics   fp32 scores, sums and accumulator; weights rounded to v's type before they meet v
@@ -55,6 +56,13 @@ def _visit(
     return largest, z, acc
 
 
+@triton.jit
+def _rows_at(i, member, row_stride, head_stride, BC: tl.constexpr):
+    """Offsets of the elements of packed rows [queries x heads, BC]."""
+    at = i.to(tl.int64) * row_stride + member.to(tl.int64) * head_stride
+    return at[:, None] + tl.arange(0, BC)[None, :]
+
+
 @kernel(do_not_specialize=UNSPECIALIZED)
 def attention_fwd(
     q, k, v, out, lse, mask, tiles, counts, slopes, sinks, starts_q, starts_k,
@@ -67,12 +75,14 @@ def attention_fwd(
     BD: tl.constexpr, BDV: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
     MASK: tl.constexpr, NATURAL: tl.constexpr, FOLD: tl.constexpr, LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(PACK == 1 or (MASK == 0 and not PACKED))
+    SPAN: tl.constexpr = BM // PACK  # queries of a tile
     pid = tl.program_id(0)
     tile = num_tiles - 1 - pid % num_tiles  # the longest rows of a causal head first
-    head = pid // num_tiles % heads
-    batch = pid // num_tiles // heads
+    head = pid // num_tiles % (heads // PACK) * PACK
+    batch = pid // num_tiles // (heads // PACK)
     if PACKED:
         batch, tile, begin_q, begin_k, tq, tk = sequence(
             starts_q, starts_q, starts_k, num_sequences, tile, BM
@@ -98,12 +108,19 @@ def attention_fwd(
     if MASK > 0:
         mask += wide * mask_batch + head.to(tl.int64) * mask_head
     factor: tl.constexpr = 1.0 if NATURAL else LOG2E
+    row = tile * SPAN
+    if PACK > 1:
+        r = tl.arange(0, BM)
+        member = r % PACK
+        i = tl.where(r < SPAN * PACK, row + r // PACK, tq)
+        head += member
+    else:
+        i = row + tl.arange(0, BM)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + batch * slopes_batch + head) * factor
-
-    row = tile * BM
-    i = row + tl.arange(0, BM)
+        if PACK > 1:
+            slope = slope[:, None]
     p = i + tk - tq
     m = tl.full([BM], float("-inf"), tl.float32)
     z = tl.zeros([BM], tl.float32)
@@ -111,9 +128,13 @@ def attention_fwd(
         m = tl.zeros([BM], tl.float32) + tl.load(sinks + head) * factor
         z += 1.0
     acc = tl.zeros([BM, BDV], tl.float32)
-    queries = load(q, row, q_row, tq, BM, D, BD, True)
+    if PACK > 1:
+        inside = (i < tq)[:, None] & (tl.arange(0, BD) < D)[None, :]
+        queries = tl.load(q + _rows_at(i, member, q_row, q_head, BD), mask=inside, other=0.0)
+    else:
+        queries = load(q, row, q_row, tq, BM, D, BD, True)
 
-    low, full_low, full_high, high = keys_of(row, tq, tk, window, BM, BN, CAUSAL, WINDOW)
+    low, full_low, full_high, high = keys_of(row, tq, tk, window, SPAN, BN, CAUSAL, WINDOW)
     if MASK > 0:
         slot = (wide * tiles_batch + head.to(tl.int64) * tiles_head) * num_tiles + tile
         for n in range(0, tl.load(counts + slot)):
@@ -146,8 +167,15 @@ def attention_fwd(
 
     empty = (m == float("-inf")) | (z == 0.0)
     sums = tl.where(empty, 1.0, z)
-    store(out, row, out_row, tq, acc / sums[:, None], BM, DV, BDV)
+    if PACK > 1:
+        inside = (i < tq)[:, None] & (tl.arange(0, BDV) < DV)[None, :]
+        y = (acc / sums[:, None]).to(out.dtype.element_ty)
+        tl.store(out + _rows_at(i, member, out_row, out_head, BDV), y, mask=inside)
+    else:
+        store(out, row, out_row, tq, acc / sums[:, None], BM, DV, BDV)
     if LSE:
+        if PACK > 1:
+            lse += member.to(tl.int64) * lse_head
         m = tl.where(empty, 0.0, m)
         if NATURAL:  # and what rounding takes off the sum: the larger first, then the smaller
             least = tl.log(sums)

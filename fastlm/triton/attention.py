@@ -16,7 +16,6 @@ from fastlm.triton._attention_backward import (
 from fastlm.triton._attention_forward import attention_fwd
 from fastlm.triton._attention_mask import mask_tiles
 from fastlm.triton._configs import Config
-from fastlm.triton._launch import Kernel
 from fastlm.triton._primitives import ceil_div, power_of_two
 
 _FAR = 2**23  # elements between rows; further, and offsets within a tile would not fit 32 bits
@@ -87,6 +86,19 @@ class _Call:
         """How many tiles of rows there may be, of one head and sequence, or of all packed ones."""
         return rows // tile + self.sequences if self.packed else ceil_div(rows, tile)
 
+    def pack(self, tile: int) -> int:
+        """How many heads share a tile of the forward pass: all of a group, or one.
+
+        All where few queries leave a tile half empty, and the device has work enough without it.
+        """
+        groups = self.heads // self.kv_heads
+        if self.packed or self.mask is not None or groups > tile:
+            return 1
+        apart = self.tiles(self.tq, tile) * self.heads
+        together = self.tiles(self.tq, tile // groups) * self.kv_heads
+        busy = apart * self.batch > _configs.multiprocessors(self.q.get_device())
+        return groups if busy and 2 * together <= apart else 1
+
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """Of sequence, head and row."""
         if self.packed:
@@ -149,7 +161,7 @@ def near(x: Tensor) -> Tensor:
 
 
 def launch(
-    kernel: Kernel,
+    kernel: Callable[..., None],
     programs: int,
     tensors: tuple[Tensor | None, ...],
     scalars: tuple[int | float, ...],
@@ -208,10 +220,11 @@ def _forward(
             lse = q.new_empty((2, c.heads, c.tq), dtype=torch.float32)
     config = c.config("attention")
     tiles, counts, mask_strides, columns = c.lists(config, keys=True)
-    num_tiles = c.tiles(c.tq, config.tile[0])
+    pack = c.pack(config.tile[0])
+    num_tiles = c.tiles(c.tq, config.tile[0] // pack)
     launch(
         attention_fwd,
-        num_tiles * c.heads * c.batch,
+        num_tiles * (c.heads // pack) * c.batch,
         (c.q, c.k, c.v, out, lse, c.mask, tiles, counts, slopes, sinks, c.starts_q, c.starts_k),
         (
             *c.strides(c.q),
@@ -233,6 +246,7 @@ def _forward(
         MASK=c.kind,
         **c.units,
         LSE=with_lse,
+        PACK=pack,
         **c.precision,
     )
     return out, lse
@@ -388,6 +402,9 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     packed = (None, None, None, starts, None, True, 0, 0.125, 0.0)
     q, k, v = (x[0].transpose(0, 1) for x in _heads(128))
     yield "attention packed", partial(attention_lse, q, k, v, *packed)
+    few, cache = q.new_empty(64, 32, 32, 128), q.new_empty(64, 8, 4096, 128)
+    sloped = (None, slopes, None, None, None, True, 0, 0.125, 0.0)
+    yield "attention few queries", partial(attention_lse, few, cache, cache, *sloped)
     yield "attention_backward packed, atomic", partial(_backward, q, k, v, packed, False)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastlm import ops, reference
 from fastlm.testing import check
+from fastlm.triton import _configs
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or "triton" not in ops.implementations("attention", "cuda"),
@@ -71,6 +72,54 @@ def test_matches_float64(backend, dtype, shape, options):
             lambda *x: reference.attention(*x, **options),
             [q, k, heads(batch, hkv, tk, dv, dtype)],
         )
+
+
+def given(name):
+    """Options by name for 2 sequences of 8 heads, 70 queries and 150 keys."""
+    options = {"causal": "causal" in name}
+    if "softcap" in name:
+        options["softcap"] = 5.0
+    if "slopes" in name:
+        options["alibi_slopes"] = torch.rand(2, 8, device="cuda")
+    if "window" in name:
+        options["window"] = 40
+    if "padding" in name:
+        start = torch.tensor([0, 66], device="cuda").view(2, 1, 1, 1)
+        options["mask"] = torch.arange(150, device="cuda") >= start
+    if "added" in name:
+        options["mask"] = torch.randn(8, 70, 150, device="cuda")
+    return options
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "name",
+    ["softcap", "causal slopes", "sinks", "window", "padding", "added", "causal padding all"],
+)
+def test_options_match_float64(dtype, name):
+    if "all" in name:
+        name += " softcap slopes sinks window"
+    options = given(name)
+    inputs = [heads(2, 8, 70, 64, dtype), *(heads(2, 2, 150, 64, dtype) for _ in "kv")]
+
+    def by(where):
+        def run(q, k, v, sinks=None):
+            return where.attention(q, k, v, sinks=sinks, return_lse=True, **options)
+
+        return run
+
+    with ops.use_backend("triton"):
+        sinks = [torch.randn(8, device="cuda")] if "sinks" in name else []
+        check(by(ops), by(reference), by(reference), [*inputs, *sinks])
+
+
+def test_heads_that_share_a_tile_change_no_bit(monkeypatch):
+    bf16 = torch.bfloat16
+    inputs = [heads(64, 32, 24, 128, bf16), *(heads(64, 8, 500, 128, bf16) for _ in "kv")]
+    with ops.use_backend("triton"):
+        together = ops.attention(*inputs, causal=True)
+        monkeypatch.setattr(_configs, "multiprocessors", lambda device: 2**30)
+        assert torch.equal(together, ops.attention(*inputs, causal=True))
 
 
 def gradients(inputs, **options):

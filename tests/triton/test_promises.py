@@ -197,6 +197,30 @@ def test_one_graph_for_any_number_of_tokens():
             torch.testing.assert_close(a, b)
 
 
+def test_one_graph_of_decoding_for_any_number_of_sequences():
+    qweight = reference.quantize_weight(torch.randn(8, 64), 4, 32, False)
+    angle = torch.randn(20, 16)
+    cos, sin = angle.cos(), angle.sin()
+
+    def step(q, k, v, k_cache, v_cache, lengths):
+        q = ops.rope_append(q, k, v, cos, sin, k_cache, v_cache, lengths)
+        y = ops.decode_attention(q, k_cache, v_cache, lengths)
+        return ops.quantized_linear(y.transpose(1, 2).flatten(2)[:, 0], qweight)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (3, 5):
+        new = [torch.randn(batch, n, 1, 16) for n in (4, 2, 2)]
+        caches = [torch.randn(batch, 2, 20, 16) for _ in "kv"]
+        lengths = torch.randint(1, 21, (batch,))
+        found = []
+        for run in (step, compiled):
+            mine = [c.clone() for c in caches]
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                found.append((run(*new, *mine, lengths), *mine))
+        assert all(map(torch.equal, *found))
+        assert not torch.equal(found[0][1], caches[0])
+
+
 def test_autocast_and_the_deterministic_mode():
     x, m = torch.randn(1, 2, 5, 16), torch.randn(24, 16)
     t, qweight = (
