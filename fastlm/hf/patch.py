@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from fastlm.hf._modules import (
     match_activation,
     match_linear,
     match_norm,
+    named_like,
 )
 from fastlm.hf._paths import collapse, pattern
+from fastlm.hf._structure import structure
 from fastlm.ops import _registry
 
 STEMS = (
@@ -259,16 +261,21 @@ class _Patcher:
 
     def _verdict(self, module: nn.Module) -> tuple[list[str], Match]:
         """The match of a module; modules of one structure share the trial runs."""
-        key = _structure(module)
+        key = structure(module)
         if key not in self.verdicts:
             kept, match = self._match(module)
             if isinstance(match, Candidate):
+                whole = match.calls == [] or "activation" in match.stems
+                if whole:  # not edited: its input may have another name
+                    match = replace(match, forward=named_like(match.forward, type(module).forward))
                 try:
                     _probe.compare(module, match.forward, match.calls, match.first_only)
                 except _probe.Mismatch as e:
                     match = str(e)
                 except Exception as e:
-                    match = f"the trial run failed: {type(e).__name__}: {str(e)[:120]}"
+                    text = f"the trial run failed: {type(e).__name__}: {str(e)[:120]}"
+                    # An addition beside a norm is no layer yet: that nobody fuses it is no failure.
+                    match = Note(text) if match.stems == ("add_norm",) else text
             self.verdicts[key] = kept, match
         return self.verdicts[key]
 
@@ -462,29 +469,6 @@ def _device(module: nn.Module, model: nn.Module) -> torch.device:
         if p is not None:
             return p.device
     return torch.device("cpu")
-
-
-_STANDARD = frozenset(nn.Module().__dict__) | {"layer_idx", "layer_id", "forward"}
-
-
-def _structure(module: nn.Module) -> Any:
-    """Equal for modules that a trial run on random parameters cannot tell apart."""
-    key: list[Any] = []
-    for name, m in module.named_modules():
-        own = m.__dict__.get("forward")
-        key.append((name, type(m), id(getattr(own, "__func__", own))))
-        for attribute, value in m.__dict__.items():
-            if attribute not in _STANDARD:
-                simple = value is None or isinstance(value, (bool, int, float, str, torch.Size))
-                simple = simple or type(value) is tuple
-                key.append((attribute, value if simple else id(value)))
-        key += [len(h) for n, h in m.__dict__.items() if n.endswith("_hooks") and h is not None]
-        key += [
-            (n, None if t is None else (tuple(t.shape), t.dtype, t.device, type(t)))
-            for group in (m._parameters, m._buffers)
-            for n, t in group.items()
-        ]
-    return tuple(key)
 
 
 def _table(entries: list[Entry]) -> list[str]:
