@@ -219,9 +219,12 @@ def arguments_for(
     known["alibi"] = None  # without; what adds it is exercised by the model as a whole
     for seed, name in enumerate(("q", "k", "v", "residual"), 13):  # apart from hidden_states
         known[name] = random((batch, TOKENS, width), seed, like)
+    for name in ("mask", "past", "past_key_value", "past_key_values", "layer_past", "use_cache"):
+        known[name] = None
     known |= biases or {}
     if tables is not None:
         known["position_embeddings"] = tables
+        known |= _as_arguments(tables)
     keywords = {}
     for p in signature[1:]:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name == "attention_mask":
@@ -247,6 +250,16 @@ def arguments_for(
         mask[0, 0] = 0
     calls.append(((hidden,), {**keywords, "attention_mask": mask}))
     return calls
+
+
+def _as_arguments(tables: Any) -> dict[str, Any]:
+    """Rotation tables under the names that forwards written by hand have for them."""
+    if not (isinstance(tables, tuple) and len(tables) == 2 and tables[0].dim() == 3):
+        return {}
+    (cos, sin), half = tables, tables[0].shape[-1] // 2
+    narrow = cos[0, :, :half].float(), sin[0, :, :half].float()
+    named = {"cos": cos, "sin": sin, "freqs_cos": narrow[0], "freqs_sin": narrow[1]}
+    return {**named, "freqs_cis": torch.complex(*narrow)}
 
 
 def rotation_tables(rotary: nn.Module | None, width: int | None, like: Tensor) -> Any:

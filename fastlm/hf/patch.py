@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -315,6 +316,9 @@ class _Patcher:
         ):
             return
         stems = ("cross_entropy",)
+        if _computes_its_loss(type(module)):
+            self._note(path, module, "kept", "cross_entropy: its forward computes the loss itself")
+            return
         own = module.__dict__.get("_loss_function")
         if own is causal_lm_loss:
             self._note(path, module, "already", "loss", stems)
@@ -400,6 +404,14 @@ def is_ours(forward: Any) -> bool:
 def _decodes_only(forward: Any) -> bool:
     """Whether a forward of ours brings a decode plan to the model's own and nothing else."""
     return getattr(forward, "inner", None) is type(forward.__self__).forward
+
+
+def _computes_its_loss(cls: Any) -> bool:
+    """Whether a forward calls PyTorch's cross-entropy instead of the model's loss function."""
+    names = inspect.unwrap(cls.forward).__code__.co_names
+    return "loss_function" not in names and not {"cross_entropy", "CrossEntropyLoss"}.isdisjoint(
+        names
+    )
 
 
 def _renewed(module: Any) -> bool:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 import fastlm
@@ -392,3 +393,73 @@ def test_no_failure_where_nothing_was_to_be_replaced():
     with fastlm.patch(model, strict=True) as patch:
         torch.testing.assert_close(model(ids), expected)
         assert "the trial run failed" in patch.report()
+
+
+class ByHand(Attention):
+    """What it rotates by comes as two arguments, or as one of complex numbers."""
+
+    def forward(self, x, cos, sin, mask=None):
+        q, k, v = self.heads(x)
+        q, k = (self.turned(t, cos[:, None], sin[:, None]) for t in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.merged(y)
+
+    def turned(self, x, cos, sin):
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat((-b, a), -1) * sin
+
+
+class Complex(Attention):
+    def forward(self, x, freqs_cis):
+        q, k, v = self.heads(x)
+        q, k = (self.turned(t, freqs_cis) for t in (q, k))
+        return self.merged(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def turned(self, x, by):
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * by).flatten(3)
+
+
+@pytest.mark.parametrize("kind", [ByHand, Complex])
+def test_attention_that_is_given_its_rotation(kind):
+    model = nn.Module()
+    model.rotary = nn.Module()
+    model.rotary.register_buffer("inv_freq", 100.0 ** (-torch.arange(4) / 4))
+    model.attention = kind()
+    x, angles = torch.randn(2, 6, WIDTH), torch.outer(torch.arange(6.0), model.rotary.inv_freq)
+    tables = torch.cat((angles, angles), -1)[None]
+    given = (
+        (tables.cos(), tables.sin()) if kind is ByHand else (torch.polar(angles * 0 + 1, angles),)
+    )
+    expected = model.attention(x, *given)
+    with fastlm.patch(model, strict=True), _registry.recording() as verdicts:
+        torch.testing.assert_close(model.attention(x, *given), expected)
+    assert "attention" in {v.stem for v in verdicts}
+
+
+class OwnLoss(transformers.PreTrainedModel):
+    """A model that knows transformers, and computes its loss by itself."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed, self.head = nn.Embedding(50, WIDTH), nn.Linear(WIDTH, 50)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, labels=None):
+        logits = self.head(self.embed(input_ids))
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+def test_a_loss_that_the_forward_computes_is_named():
+    model, ids = OwnLoss(transformers.PretrainedConfig()), torch.arange(6)[None]
+    expected = model(ids, labels=ids).loss
+    with fastlm.patch(model) as patch:
+        assert "cross_entropy: its forward computes the loss itself" in patch.report()
+        assert "_loss_function" not in model.__dict__
+        torch.testing.assert_close(model(ids, labels=ids).loss, expected)
