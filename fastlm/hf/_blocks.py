@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.hf import _probe
 from fastlm.hf._modules import Candidate, Match, add_norm, is_norm_forward
-from fastlm.hf._rewrite import CannotRewrite, Edit, Sites, find_sites, plain_forward, rewrite
+from fastlm.hf._rewrite import (
+    CannotRewrite,
+    Edit,
+    Sites,
+    find_sites,
+    plain_forward,
+    rewrapped,
+    rewrite,
+)
 from fastlm.ops import _registry
 from fastlm.ops._library import autocasts
 
@@ -146,12 +154,8 @@ class Blocks:
         key = (cls, edit.attention, *edit.rope.items(), edit.norms, edit.sdpa, edit.method)
         key = (*key, edit.product, edit.told)
         if key not in self._made:
-            original = plain_forward(cls)
-            function = rewrite(original, edit)
-            if original is not getattr(
-                cls, "forward", None
-            ):  # the wrapper that checkpoints gradients
-                function = _with_checkpointing(function)  # type: ignore[assignment]
+            edited = rewrite(plain_forward(cls), edit)
+            function = rewrapped(cls, edited, _with_checkpointing)
             self._made[key] = function
         return self._made[key]
 

@@ -219,7 +219,15 @@ def arguments_for(
     known["alibi"] = None  # without; what adds it is exercised by the model as a whole
     for seed, name in enumerate(("q", "k", "v", "residual"), 13):  # apart from hidden_states
         known[name] = random((batch, TOKENS, width), seed, like)
-    for name in ("mask", "past", "past_key_value", "past_key_values", "layer_past", "use_cache"):
+    for name in (
+        "mask",
+        "cache",
+        "past",
+        "past_key_value",
+        "past_key_values",
+        "layer_past",
+        "use_cache",
+    ):
         known[name] = None
     known |= biases or {}
     if tables is not None:
@@ -271,7 +279,8 @@ def rotation_tables(rotary: nn.Module | None, width: int | None, like: Tensor) -
         positions = torch.arange(3, 3 + TOKENS, device=like.device)[None]
         with contextlib.suppress(Exception), torch.no_grad():
             return rotary(random((1, TOKENS, 4), 8, like), positions)
-        width = 2 * len(rotary.inv_freq)  # type: ignore[arg-type]
+        frequencies = getattr(rotary, "inv_freq", None)
+        width = width if frequencies is None else 2 * len(frequencies)
     if width is None:
         return None
     angles = random((1, TOKENS, width // 2), 7, like).repeat(1, 1, 2)

@@ -14,7 +14,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -64,16 +64,45 @@ class Edit:
 
 
 def plain_forward(cls: type) -> FunctionType:
-    """The forward a class defines, without the gradient-checkpointing wrapper around it."""
+    """The forward a class defines, without what transformers wraps around it."""
     function: Any = cls.forward  # type: ignore[attr-defined]
-    wrapped = getattr(function, "__wrapped__", None)
-    if wrapped is not None and function.__code__.co_name == "forward_with_checkpointing":
-        function = wrapped
+    while _wrapper(function):
+        function = function.__wrapped__
     if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
         raise CannotRewrite("its forward is wrapped by a decorator")
     if function.__closure__:
         raise CannotRewrite("its forward closes over variables")
     return function
+
+
+def _wrapper(function: Any) -> str:
+    """Which of transformers' wrappers a function is; "" for any other function."""
+    code = getattr(function, "__code__", None)
+    if code is None or not hasattr(function, "__wrapped__"):
+        return ""
+    if code.co_name == "forward_with_checkpointing":
+        return "checkpointing"
+    renames = code.co_name == "wrapped_func" and {"func", "old_name"} <= set(code.co_freevars)
+    return "renaming" if renames else ""
+
+
+def rewrapped(cls: type, edited: Any, checkpointing: Callable[[Any], Any]) -> Any:
+    """An edited forward with the wrappers around the class's own; one of ours for checkpoints."""
+    wrappers, function = [], cls.forward  # type: ignore[attr-defined]
+    while _wrapper(function):
+        wrappers.append(function)
+        function = function.__wrapped__
+    for outer in reversed(wrappers):
+        if _wrapper(outer) == "checkpointing":
+            edited = checkpointing(edited)
+            continue
+        inside = dict(zip(outer.__code__.co_freevars, outer.__closure__, strict=True))
+        inside["func"] = CellType(edited)
+        closure = tuple(inside.values())
+        made = FunctionType(outer.__code__, outer.__globals__, "forward", None, closure)
+        made.__wrapped__ = edited  # type: ignore[attr-defined]
+        edited = made
+    return edited
 
 
 def find_sites(function: FunctionType) -> Sites:
@@ -119,8 +148,11 @@ def _parse(function: FunctionType) -> ast.FunctionDef:
     except (OSError, TypeError):
         raise CannotRewrite("the source of its forward is not available") from None
     tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
-    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
+    if not isinstance(tree, ast.FunctionDef) or any(
+        not ast.unparse(d).startswith("deprecate_kwarg(") for d in tree.decorator_list
+    ):
         raise CannotRewrite("its forward is decorated")
+    tree.decorator_list = []  # `rewrapped` puts it on again
     ast.increment_lineno(tree, first - 1)
     arguments = tree.args
     for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):

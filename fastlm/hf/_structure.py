@@ -10,7 +10,7 @@ from torch import nn
 
 _STANDARD = frozenset(nn.Module().__dict__) | {"forward"}
 _NUMBERS = ("layer_idx", "layer_id")
-_CACHES = {"past_key_values", "past_key_value", "layer_past", "past_key", "cache_params"}
+_CACHES = {"cache", "past_key_values", "past_key_value", "layer_past", "past_key", "cache_params"}
 
 
 def structure(module: nn.Module) -> Any:

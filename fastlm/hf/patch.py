@@ -464,11 +464,14 @@ def _no_kernel(stem: str, device: str) -> str:
 
 def _rotary(model: nn.Module) -> nn.Module | None:
     """The module that makes the model's rotation tables."""
+    named = None
     for module in model.modules():
         frequencies = getattr(module, "inv_freq", None)
         if isinstance(frequencies, Tensor) and frequencies.dim() == 1:
             return module
-    return None
+        if named is None and "rotary" in type(module).__name__.lower():
+            named = module  # which may hold the tables themselves
+    return named
 
 
 def _own(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers.utils.deprecation import deprecate_kwarg
 
 import fastlm
 from fastlm.hf.patch import suspended
@@ -463,3 +464,22 @@ def test_a_loss_that_the_forward_computes_is_named():
         assert "cross_entropy: its forward computes the loss itself" in patch.report()
         assert "_loss_function" not in model.__dict__
         torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+
+
+class Renamed(Attention):
+    """As transformers 5.24 writes its forwards, whose arguments have got other names."""
+
+    @deprecate_kwarg("weight", "99.0", new_name="scale")
+    def forward(self, x, scale=1.0):
+        q, k, v = self.heads(x)
+        return self.merged(F.scaled_dot_product_attention(q, k, v, scale=scale))
+
+
+def test_a_renamed_argument_keeps_both_names():
+    model, x = Residual(Renamed()), torch.randn(2, 5, WIDTH)
+    with fastlm.patch(model, strict=True), _registry.recording() as verdicts:
+        made = model.parts[0](x, scale=0.5)
+        with pytest.warns(FutureWarning, match="`weight` is deprecated"):
+            assert torch.equal(model.parts[0](x, weight=0.5), made)
+        assert [v.stem for v in verdicts].count("attention") == 2
+    torch.testing.assert_close(made, model.parts[0](x, scale=0.5))
