@@ -118,7 +118,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "hyperclovax": {},
     "internlm3": {},
     "jais2": {},
-    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1},
+    "jamba": {
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
     "jetmoe": {},
     "kolibri1": {},
     "laguna": {},
