@@ -14,8 +14,9 @@ help: ## this list
 demo: ## a real chat model as it is, patched, and in fastlm's own decoder: an answer, a table, a plot
 	@$(SETUP) demo) && $(RUN) scripts/demo.py $(ARGS)
 
+# Passive: threads that spin for others' work take the processors from the tests beside them.
 test: ## all tests (ARGS="tests/ops -x" for some), side by side where pytest-xdist is installed
-	@$(SETUP) test) && $(RUN) -m pytest $$($$PY -c "import xdist" 2>/dev/null \
+	@$(SETUP) test) && OMP_WAIT_POLICY=passive $(RUN) -m pytest $$($$PY -c "import xdist" 2>/dev/null \
 	  && echo "-n logical --maxprocesses 8 --dist worksteal") $(ARGS)
 
 lint: ## ruff, clang-format, mypy

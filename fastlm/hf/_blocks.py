@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,19 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.hf import _probe
 from fastlm.hf._modules import Candidate, Match, add_norm, is_norm_forward
-from fastlm.hf._rewrite import CannotRewrite, Edit, Sites, find_sites, plain_forward, rewrite
+from fastlm.hf._rewrite import (
+    CannotRewrite,
+    Edit,
+    Sites,
+    find_sites,
+    plain_forward,
+    rewrapped,
+    rewrite,
+)
 from fastlm.ops import _registry
 from fastlm.ops._library import autocasts
+
+_DEAF = "its forward is not told whether its weights are wanted"
 
 
 @dataclass
@@ -34,6 +44,8 @@ class Blocks:
         named = cls.__name__.lower().endswith("attention") and bool(
             self.wanted & {"attention", "rope"}
         )
+        if isinstance(module, nn.MultiheadAttention) and named:
+            return [], "PyTorch's own attention: one function that takes all of its parameters"
         if cls.__module__.startswith("torch.nn"):
             return [], None
         sites = self._sites.get(cls)
@@ -45,8 +57,11 @@ class Blocks:
             self._sites[cls] = sites
         if isinstance(sites, str):
             return [], sites if named else None
-        if sites == Sites():
-            return [], "its forward has no call that is known here" if named else None
+        named = named or (sites.attends and bool(self.wanted & {"attention"}))
+        if replace(sites, keeps=False, attends=False) == Sites():
+            wraps = any("attention" in type(m).__name__.lower() for m in module.children())
+            known = "its forward has no call that is known here"
+            return [], known if named and not wraps else None
         edit, stems, texts, kept = Edit(), [], [], []
         if sites.attention and "attention" in self.wanted:
             used = getattr(getattr(module, "config", None), "_attn_implementation", None)
@@ -75,12 +90,13 @@ class Blocks:
                 stems.append("attention")
                 texts.append(f"attention (in place of {sites.methods[0]})")
         own = sites.attention or sites.sdpa or sites.methods
-        if sites.deaf and not own and "attention" in self.wanted:
-            kept.append("attention: its forward is not told whether its weights are wanted")
+        if sites.deaf and sites.keeps and not own and "attention" in self.wanted:
+            kept.append(f"attention: {_DEAF}")
         elif sites.products and not own and "attention" in self.wanted:
             from fastlm.hf import _scores
 
-            edit.product, edit.released = _scores.product, _scores.released
+            edit.product = _scores.product
+            edit.released = _scores.kept if sites.deaf else _scores.released
             stems.append("attention")
             texts.append("attention (in place of its products and softmax)")
         if "rope" in self.wanted:
@@ -109,9 +125,12 @@ class Blocks:
             written_out = edit.method is not None or edit.product is not None
             eager = eager or written_out  # which adds its mask to the scores
             form = "hides" if sites.hides else "additive" if eager else "seen"
-            width, tables, like = self._input(module)
+            width, tables, like = self._input(module, norms)
             biases = _biases(module, like, edit.product is not None)
             calls = _probe.arguments_for(function, width, tables, like, form, biases)
+            if stems == ["add_norm"] and not _probe.can(module, calls):
+                # a layer around a recurrence, whose mask says which tokens count
+                calls = _probe.arguments_for(function, width, tables, like, "tokens", biases)
             if edit.product is not None:
                 _confirm_attention(module, function, calls)
         except (CannotRewrite, _probe.Mismatch) as e:
@@ -120,9 +139,9 @@ class Blocks:
         first = eager and (edit.attention is not None or written_out)
         return kept, Candidate(tuple(stems), ", ".join(texts), function, calls, first)
 
-    def _input(self, module: nn.Module) -> tuple[int, Any, Tensor]:
+    def _input(self, module: nn.Module, norms: list[str]) -> tuple[int, Any, Tensor]:
         """Width of the hidden states, rotation tables, a tensor on the device."""
-        for child in module.modules():
+        for child in (*(module._modules[n] for n in norms), *module.modules()):
             weight = getattr(child, "weight", None)
             if isinstance(weight, nn.Parameter) and weight.dim() <= 2:  # more: of several experts
                 width = child.in_features if isinstance(child, nn.Linear) else weight.shape[0]
@@ -135,12 +154,8 @@ class Blocks:
         key = (cls, edit.attention, *edit.rope.items(), edit.norms, edit.sdpa, edit.method)
         key = (*key, edit.product, edit.told)
         if key not in self._made:
-            original = plain_forward(cls)
-            function = rewrite(original, edit)
-            if original is not getattr(
-                cls, "forward", None
-            ):  # the wrapper that checkpoints gradients
-                function = _with_checkpointing(function)  # type: ignore[assignment]
+            edited = rewrite(plain_forward(cls), edit)
+            function = rewrapped(cls, edited, _with_checkpointing)
             self._made[key] = function
         return self._made[key]
 
@@ -178,7 +193,9 @@ def _biases(module: nn.Module, like: Tensor, own: bool) -> dict[str, Tensor]:
 
 def _confirm_attention(module: nn.Module, function: Any, calls: _probe.Calls) -> None:
     """Raises Mismatch unless a forward with its product put off comes to the kernel every time."""
-    values = _probe.parameters(module)
+    from fastlm.hf import _scores
+
+    values, returned = _probe.parameters(module), _scores.returned.count
     for arguments, keywords in calls:
         with _registry.recording() as verdicts:
             try:
@@ -188,6 +205,8 @@ def _confirm_attention(module: nn.Module, function: Any, calls: _probe.Calls) ->
                 raise _probe.Mismatch(text) from e
         if not {"attention", "decode_attention"} & {v.stem for v in verdicts}:
             raise _probe.Mismatch("between the products of its attention is a step not known here")
+        if _scores.returned.count != returned:
+            raise _probe.Mismatch(f"attention: {_DEAF}")
 
 
 def _child(module: nn.Module, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,33 +42,40 @@ def match_feed_forward(module: nn.Module, device: torch.device) -> Match:
         for n, f in module.__dict__.items()
         if callable(f) and not n.startswith("_") and n != "forward"
     ]
-    if len(functions) != 1:
+    if len(functions) > 1:
         return None
-    if conv:
+    if conv and functions:
         return Note("its weights are stored [in, out]: its parts are replaced one by one")
+    if conv:
+        return None
+    named = bool(functions)  # otherwise its forward may have an activation written into it
     if not all(is_plain(m) for m in linears.values()):
-        return "its linear maps are of a special kind or have hooks"
-    kind = kind_of_activation(functions[0], device)
-    if kind is None:
+        return "its linear maps are of a special kind or have hooks" if named else None
+    kinds = [kind_of_activation(functions[0], device)] if named else list(ACTIVATIONS)
+    if kinds == [None]:
         return f"its activation is none of {', '.join(ACTIVATIONS)}"
     roles = _roles(linears)
     if not roles:
-        return "its linear maps do not fit together"
-    x = _probe.random((3, linears[roles[0].up].in_features), 0).to(device)
+        return "its linear maps do not fit together" if named else None
+    x = _probe.rows_of(linears[roles[0].up].in_features).to(device)
     adds = list(inspect.signature(type(module).forward).parameters)[2:] == ["residual"]
     calls: _probe.Calls = [((x, _probe.random(x.shape, 1, x)) if adds else (x,), {})]
+    if not named and not _probe.can(module, calls):
+        return None
     numbers = (n for n, v in module.__dict__.items() if type(v) in (int, float))
     rates = tuple(n for n in numbers if "drop" in n)
-    for role in roles:
-        forward = feed_forward(role, kind, tuple(dropouts), rates)
-        try:
-            _probe.compare(module, forward, calls)
-        except Exception:
-            continue
-        form = "gated " if role.gate else ""
-        text = f"feed_forward ({form}{kind}{', residual' if adds else ''})"
-        return Candidate(("feed_forward",), text, forward, [])
-    return "the trial run differs for every assignment of its linear maps"
+    for role, kind in itertools.product(roles, kinds):
+        for trained in (True, False):  # what it drops out may be written into its forward, too
+            forward = feed_forward(role, str(kind), tuple(dropouts), rates, trained, adds)
+            try:
+                _probe.compare(module, forward, calls)
+            except Exception:
+                continue
+            form = "gated " if role.gate else ""
+            text = f"feed_forward ({form}{kind}{', residual' if adds else ''})"
+            text += "" if trained else ", in evaluation only: in training it is something else"
+            return Candidate(("feed_forward",), text, forward, [])
+    return "the trial run differs for every assignment of its linear maps" if named else None
 
 
 @dataclass(frozen=True)
@@ -104,26 +112,34 @@ def _roles(linears: dict[str, nn.Linear]) -> list[Roles]:
 
 
 def feed_forward(
-    roles: Roles, kind: str, dropouts: tuple[str, ...], rates: tuple[str, ...] = ()
+    roles: Roles,
+    kind: str,
+    dropouts: tuple[str, ...],
+    rates: tuple[str, ...] = (),
+    trained: bool = True,
+    adds: bool = False,
 ) -> Callable[..., Any]:
     """The forward of a patched feed-forward block; linear maps are looked up by name.
 
     dropouts, rates: modules and numbers of the block that drop something out in training, which is
-    left to the class's own forward.
+    left to the class's own forward. trained: not all training is. adds: its second argument, if
+    there is one.
     """
     up, down, gate = roles.up, roles.down, roles.gate
 
-    def forward(self: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self: nn.Module, x: Tensor, *rest: Any, **options: Any) -> Tensor:
         parts: dict[str, Any] = self._modules
         i, o = parts[up], parts[down]
         g = i if gate is None else parts[gate]
         if (
-            not is_plain(i)
+            options
+            or len(rest) > adds  # arguments that were not tried
+            or not is_plain(i)
             or not is_plain(o)
             or not (g is i or is_plain(g))
-            or (self.training and _drops(self, dropouts, rates))
+            or (self.training and (not trained or _drops(self, dropouts, rates)))
         ):
-            return type(self).forward(self, x, *([] if residual is None else [residual]))
+            return type(self).forward(self, x, *rest, **options)
         a, b, c = i._parameters, o._parameters, g._parameters
         w_in, b_in, w_gate, b_gate = a["weight"], a["bias"], c["weight"], c["bias"]
         if roles.halves:
@@ -141,7 +157,7 @@ def feed_forward(
             b_gate=b_gate,
             activation=kind,
         )
-        return made if residual is None else made + residual
+        return made + rest[0] if rest else made
 
     return forward
 

@@ -197,6 +197,10 @@ def confirm(model: Any) -> None:
     The body is replaced by a stub that returns random hidden states, a few numbers wide, and the
     head's weights by random ones of that width: what is tried is the end of the model's forward.
     """
+    head = model.get_output_embeddings()
+    for name, part in model.named_children():
+        if part is not head and any(m is head for m in part.modules()):
+            raise _probe.Mismatch(f"its head is a part of {name} ({type(part).__name__})")
     leaves, labels = leaves_and_labels(model)
 
     def read(whole: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,8 +10,9 @@ hand over to the class's own forward whenever something stands in their way.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -33,6 +34,30 @@ class Candidate:
     forward: Callable[..., Any]
     calls: _probe.Calls
     first_only: bool = False  # of the results, the first counts: the others are not made any more
+
+
+def named_like(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward of ours whose input has the name that the class's own gives it, for keywords."""
+    if ours in (linear_forward, conv1d_forward) or not isinstance(ours, FunctionType):
+        return ours
+    first = [
+        p
+        for p in inspect.signature(theirs).parameters.values()
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    code = ours.__code__
+    if len(first) < 2 or first[1].name in code.co_varnames:
+        return ours
+    names = (code.co_varnames[0], first[1].name, *code.co_varnames[2:])
+    made = FunctionType(
+        code.replace(co_varnames=names),
+        ours.__globals__,
+        ours.__name__,
+        ours.__defaults__,
+        ours.__closure__,
+    )
+    made.__dict__.update(ours.__dict__)
+    return made
 
 
 class Note(str):
@@ -66,6 +91,8 @@ def conv1d_forward(self: nn.Module, x: Tensor) -> Tensor:
 def match_linear(module: nn.Module) -> Match:
     """nn.Linear, and the map of GPT-2, whose weight is [in, out]."""
     weight = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention reads it and never calls it
     if is_conv1d(module):
         forward: Callable[..., Any] = conv1d_forward
     elif type(module) is nn.Linear or _adds_nothing(module):
@@ -74,8 +101,7 @@ def match_linear(module: nn.Module) -> Match:
         return "a subclass of nn.Linear" if isinstance(module, nn.Linear) else None
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return "its weight is no plain floating-point parameter"
-    width = weight.shape[0 if is_conv1d(module) else 1]
-    x = _probe.random((3, width), 0, weight)
+    x = _probe.rows_of(weight.shape[0 if is_conv1d(module) else 1], weight)
     return Candidate(("linear",), "linear", forward, [((x,), {})])
 
 
@@ -123,7 +149,7 @@ def match_norm(module: nn.Module) -> Match:
     """RMSNorm, with or without weight or weight offset, and LayerNorm."""
     tensors = dict(module.named_parameters(recurse=False))
     named = "norm" in type(module).__name__.lower()
-    if next(module.children(), None) is not None or not set(tensors) <= {"weight", "bias"}:
+    if next(module.children(), None) is not None or len(tensors) > 2:
         return "of another structure than RMSNorm and LayerNorm" if _only_norm(module) else None
     if any(p.dim() != 1 for p in tensors.values()) or not (tensors or named):
         return None
@@ -133,38 +159,50 @@ def match_norm(module: nn.Module) -> Match:
         return "keeps statistics" if named else None
     if len(inspect.signature(type(module).forward).parameters) != 2:
         return "its forward takes more than the hidden states" if named else None
-    eps = [n for n in ("variance_epsilon", "eps", "epsilon") if n in module.__dict__]
-    if len(eps) > 1:
-        return "its epsilon was not found" if named else None
     shape = getattr(module, "normalized_shape", None)
     if shape is not None and len(shape) != 1:
         return f"normalises over {len(shape)} axes"
-    weight = tensors.get("weight")
-    width = len(weight) if weight is not None else (shape[0] if shape else 64)
-    rows = torch.tensor([[1e-3], [1.0], [30.0]])
-    x = (_probe.random((3, width), 0) + 0.5) * rows
-    if weight is not None:
-        x = x.to(weight.device)
+    first = next(iter(tensors.values()), None)
+    width = len(first) if first is not None else (shape[0] if shape else 64)
+    # rows of different sizes bring out the epsilon, several of them what is no function of a row
+    sizes = torch.tensor([[1e-3, 1.0, 30.0], [1e-5, 1e-2, 3.0]])[..., None]
+    x = (_probe.rows_of(width) + 0.5) * sizes
+    if first is not None:
+        x = x.to(first.device)
     calls: _probe.Calls = [((x,), {})]
-    sources: list[str | float] = [*eps] or list(_EPSILONS)
-    choices = []
-    for e in sources:
-        if "bias" not in tensors:
-            choices.append((rms_norm_forward(e, 0.0), "rms_norm"))
-            if weight is not None:
-                choices.append((rms_norm_forward(e, 1.0), "rms_norm (1 + weight)"))
-        choices.append((layer_norm_forward(e), "layer_norm"))
-        if weight is not None:
-            choices.append((layer_norm_forward(e, 1.0), "layer_norm (1 + weight)"))
     reason = ""
-    for forward, text in choices:
+    for forward, text in _norms(module, tensors):
         try:
             _probe.compare(module, forward, calls)
         except Exception as e:
-            reason = str(e)
+            reason = reason or str(e)
             continue
         return Candidate((text.split()[0],), text, forward, [])
     return f"computes neither rms_norm nor layer_norm: {reason}" if named else None
+
+
+def _norms(module: nn.Module, tensors: dict[str, Any]) -> Iterator[tuple[Callable[..., Any], str]]:
+    """What a module with these parameters may compute, the likely first."""
+    epsilons: list[str | float] = [n for n in _EPSILON_NAMES if n in module.__dict__]
+    if not epsilons:
+        epsilons = [n for n, v in module.__dict__.items() if type(v) is float]
+        epsilons += _EPSILONS
+    orders: list[tuple[str | None, str | None]] = [(None, None)]  # the weight's name, the bias's
+    if len(tensors) == 2:
+        a, b = tensors
+        orders = [(b, a), (a, b)] if a in _BIAS_NAMES else [(a, b), (b, a)]
+    elif tensors:
+        (a,) = tensors
+        orders = [(None, a)] if a in _BIAS_NAMES else [(a, None)]
+    for e in epsilons:
+        for weight, bias in orders:
+            offsets = (0.0,) if weight is None else (0.0, 1.0)
+            for offset in offsets if bias is None else ():
+                text = "rms_norm (1 + weight)" if offset else "rms_norm"
+                yield rms_norm_forward(e, offset, weight), text
+            for offset in offsets:
+                text = "layer_norm (1 + weight)" if offset else "layer_norm"
+                yield layer_norm_forward(e, offset, weight, bias), text
 
 
 def _only_norm(module: nn.Module) -> bool:
@@ -172,41 +210,51 @@ def _only_norm(module: nn.Module) -> bool:
     return name.endswith("norm")
 
 
+_BIAS_NAMES = ("bias", "beta", "shift", "b")
+_EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 # What a norm may have written into its forward instead of keeping it as an attribute.
 _EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
 
 
-def rms_norm_forward(eps: str | float, offset: float) -> Callable[..., Any]:
+def rms_norm_forward(
+    eps: str | float, offset: float, weight_name: str | None = "weight"
+) -> Callable[..., Any]:
     """The forward of a patched RMSNorm; with `residual`, of the sum, which it returns too.
 
     eps: the attribute that holds the epsilon, or its value.
+    weight_name: of the parameter, None without.
     """
 
-    def forward(self: nn.Module, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
-        weight = self._parameters.get("weight")
-        if _mixes(weight, hidden_states):
-            return _own_norm(self, hidden_states, residual)
+    def _fastlm_norm(self: nn.Module, x: Tensor, residual: Tensor | None = None) -> Any:
+        weight = self._parameters.get(weight_name)  # type: ignore[arg-type]
+        if _mixes(weight, x):
+            return _own_norm(self, x, residual)
         epsilon = getattr(self, eps) if isinstance(eps, str) else eps
         if epsilon is None:
-            epsilon = torch.finfo(hidden_states.dtype).eps
-        return ops.rms_norm(hidden_states, weight, epsilon, residual=residual, weight_offset=offset)
+            epsilon = torch.finfo(x.dtype).eps
+        return ops.rms_norm(x, weight, epsilon, residual=residual, weight_offset=offset)
 
-    return forward
+    return _fastlm_norm
 
 
-def layer_norm_forward(eps: str | float, offset: float = 0.0) -> Callable[..., Any]:
+def layer_norm_forward(
+    eps: str | float,
+    offset: float = 0.0,
+    weight_name: str | None = "weight",
+    bias_name: str | None = "bias",
+) -> Callable[..., Any]:
     """The forward of a patched LayerNorm; with `residual`, of the sum, which it returns too."""
 
-    def forward(self: nn.Module, input: Tensor, residual: Tensor | None = None) -> Any:
-        tensors = self._parameters
-        weight = tensors.get("weight")
-        if _mixes(weight, input):
-            return _own_norm(self, input, residual)
+    def _fastlm_norm(self: nn.Module, x: Tensor, residual: Tensor | None = None) -> Any:
+        tensors: Any = self._parameters
+        weight = tensors.get(weight_name)
+        if _mixes(weight, x):
+            return _own_norm(self, x, residual)
         epsilon = getattr(self, eps) if isinstance(eps, str) else eps
         offset_weight = weight + offset if offset and weight is not None else weight
-        return ops.layer_norm(input, offset_weight, tensors.get("bias"), epsilon, residual=residual)
+        return ops.layer_norm(x, offset_weight, tensors.get(bias_name), epsilon, residual=residual)
 
-    return forward
+    return _fastlm_norm
 
 
 def _mixes(weight: Tensor | None, x: Tensor) -> bool:
@@ -240,12 +288,8 @@ def add_norm(norm: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_norm_forward(forward: Any) -> bool:
     """Whether an instance's forward is one of ours, which take a residual."""
-    code = getattr(getattr(forward, "__func__", None), "__code__", None)
-    return code is _RMS_CODE or code is _LAYER_CODE
-
-
-_RMS_CODE = rms_norm_forward("eps", 0.0).__code__  # type: ignore[attr-defined]
-_LAYER_CODE = layer_norm_forward("eps").__code__  # type: ignore[attr-defined]
+    function = getattr(forward, "__func__", None)
+    return getattr(getattr(function, "__code__", None), "co_name", "") == "_fastlm_norm"
 
 
 # Activations.

@@ -159,9 +159,8 @@ def _measure(module: Any, method: Callable[..., Any]) -> _Found | str:
     if bound == 0 or (bound != math.inf and window < count):
         return "hides keys by a number that scores can reach"
     alone = five and len(method(q, k.transpose(-1, -2) if turned else k, q, None, False)) == 1
-    dropouts = tuple(
-        n for n, m in module._modules.items() if isinstance(m, nn.Dropout) and "attn" in n
-    )
+    every = tuple(n for n, m in module._modules.items() if isinstance(m, nn.Dropout))
+    dropouts = tuple(n for n in every if "attn" in n or "attention" in n) or every
     kept_window = window if causal and window < count else None
     limit = None if bound == math.inf else bound
     return _Found(causal, kept_window, scale, limit, turned, alone, dropouts)
@@ -182,8 +181,9 @@ def _bound(weights: Callable[[Tensor, Tensor], Tensor], q: Tensor, scale: float)
 
 def _width(module: Any) -> int | None:
     """The size of a head."""
-    width = getattr(module, "head_dim", None)
-    if isinstance(width, int):
-        return width
+    for name in ("head_dim", "head_size"):
+        width = getattr(module, name, None)
+        if isinstance(width, int):
+            return width
     whole, heads = getattr(module, "split_size", None), getattr(module, "n_head", None)
     return whole // heads if isinstance(whole, int) and isinstance(heads, int) else None

@@ -3,8 +3,10 @@
 A module is run twice on random input with random fp32 parameters of its own shapes: once with the
 forward of its class, once with the candidate. The right candidate differs by rounding, about 1e-6
 of the result; the wrong one by percent (a weight offset, another activation, another pairing in
-the rotation), and rows near zero bring out another epsilon. The bar lies between, at 1e-4. The
-model's own weights are neither read nor changed, PyTorch's random state neither.
+the rotation), and rows near zero bring out another epsilon. The bar lies between, at 1e-4. They
+are run in training mode as well, with the same random numbers, because what drops something out
+there is no different in evaluation. The model's own weights are neither read nor changed, PyTorch's
+random state neither.
 """
 
 from __future__ import annotations
@@ -49,6 +51,11 @@ def parameters(module: nn.Module) -> dict[str, Tensor]:
     return values
 
 
+def rows_of(width: int, like: Tensor | None = None) -> Tensor:
+    """[2, 3, width]: what tells a function of single rows from one that looks at its neighbours."""
+    return random((2, 3, width), 0, like)
+
+
 def compare(module: nn.Module, candidate: Forward, calls: Calls, first_only: bool = False) -> None:
     """Raises Mismatch unless the candidate agrees with the module's own forward on every call.
 
@@ -56,18 +63,34 @@ def compare(module: nn.Module, candidate: Forward, calls: Calls, first_only: boo
     """
     values = parameters(module)
     for arguments, keywords in calls:
-        expected = run(module, type(module).forward, values, arguments, keywords)
-        made = run(module, candidate, values, arguments, keywords)
-        if first_only and isinstance(made, tuple) and isinstance(expected, tuple):
-            made, expected = made[0], expected[0]
-        agree(made, expected)
+        for training in (False, True):
+            try:
+                expected = run(module, type(module).forward, values, arguments, keywords, training)
+            except Exception:
+                if training:  # says nothing about the candidate
+                    continue
+                raise
+            made = run(module, candidate, values, arguments, keywords, training)
+            if first_only and isinstance(made, tuple) and isinstance(expected, tuple):
+                made, expected = made[0], expected[0]
+            agree(made, expected, " in training mode" if training else "")
 
 
-def agree(made: Any, expected: Any) -> None:
+def can(module: nn.Module, calls: Calls) -> bool:
+    """Whether a module's own forward takes such calls at all."""
+    try:
+        for arguments, keywords in calls:
+            run(module, type(module).forward, parameters(module), arguments, keywords)
+    except Exception:
+        return False
+    return True
+
+
+def agree(made: Any, expected: Any, where: str = "") -> None:
     """Raises Mismatch unless two results are as near as rounding leaves them."""
     worst = distance(made, expected)
     if not worst <= BAR:  # also NaN
-        raise Mismatch(f"the trial run differs by {worst:.1e} of the result")
+        raise Mismatch(f"the trial run{where} differs by {worst:.1e} of the result")
 
 
 def run(
@@ -76,12 +99,16 @@ def run(
     values: dict[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    training: bool = False,
 ) -> Any:
-    """One trial run in evaluation mode, without gradients and autocast."""
-    with installed(module, forward), evaluating(module), unwatched(module), torch.no_grad():
-        device = next(iter(values.values())).device.type if values else "cpu"
-        with torch.autocast(device, enabled=False):
-            return torch.func.functional_call(module, values, args, kwargs)
+    """One trial run, without gradients and autocast; in training mode always of one seed."""
+    device = next((v.device for v in values.values()), torch.device("cpu"))
+    mode = _training(module, device) if training else evaluating(module)
+    quiet = torch.autocast(device.type, enabled=False)
+    with installed(module, forward), mode, unwatched(module), torch.no_grad(), quiet:
+        # in training mode statistics would be written into them
+        given = {n: v.clone() for n, v in values.items()} if training else values
+        return torch.func.functional_call(module, given, args, kwargs)
 
 
 def distance(made: Any, expected: Any) -> float:
@@ -122,16 +149,36 @@ def installed(module: nn.Module, forward: Forward) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block."""
+def evaluating(module: nn.Module, training: bool = False) -> Iterator[None]:
+    """Evaluation mode inside the block, or training mode."""
     modes = [(m, m.training) for m in module.modules()]
     for m, _ in modes:
-        m.training = False
+        m.training = training
     try:
         yield
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+@contextlib.contextmanager
+def _training(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Training mode without checkpoints, and random numbers of one seed, inside the block."""
+    checkpointed = [m for m in module.modules() if m.__dict__.get("gradient_checkpointing")]
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), evaluating(module, training=True):
+        for generator in (
+            torch.default_generator,
+            *(torch.cuda.default_generators[i] for i in cuda),
+        ):
+            generator.manual_seed(0)
+        for m in checkpointed:
+            m.__dict__["gradient_checkpointing"] = False
+        try:
+            yield
+        finally:
+            for m in checkpointed:
+                m.__dict__["gradient_checkpointing"] = True
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -162,7 +209,8 @@ def arguments_for(
 
     tables: what the model's rotary embedding makes for six positions, or None.
     mask_form: "seen" (bool), "hides" (bool, the other way) or "additive", as transformers makes it
-    for eager attention. biases: of the scores, by the names of the arguments that take them.
+    for eager attention; "tokens": [BATCH, TOKENS], ones and zeros.
+    biases: of the scores, by the names of the arguments that take them.
     Raises Mismatch when the forward asks for an argument whose meaning is not known here.
     """
     batch = BATCH
@@ -171,9 +219,20 @@ def arguments_for(
     known["alibi"] = None  # without; what adds it is exercised by the model as a whole
     for seed, name in enumerate(("q", "k", "v", "residual"), 13):  # apart from hidden_states
         known[name] = random((batch, TOKENS, width), seed, like)
+    for name in (
+        "mask",
+        "cache",
+        "past",
+        "past_key_value",
+        "past_key_values",
+        "layer_past",
+        "use_cache",
+    ):
+        known[name] = None
     known |= biases or {}
     if tables is not None:
         known["position_embeddings"] = tables
+        known |= _as_arguments(tables)
     keywords = {}
     for p in signature[1:]:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name == "attention_mask":
@@ -194,8 +253,21 @@ def arguments_for(
     if mask_form == "additive":
         lowest = torch.finfo(torch.float32).min
         mask = torch.zeros(mask.shape, device=like.device).masked_fill(~mask, lowest)
+    if mask_form == "tokens":
+        mask = torch.ones(batch, TOKENS, device=like.device)
+        mask[0, 0] = 0
     calls.append(((hidden,), {**keywords, "attention_mask": mask}))
     return calls
+
+
+def _as_arguments(tables: Any) -> dict[str, Any]:
+    """Rotation tables under the names that forwards written by hand have for them."""
+    if not (isinstance(tables, tuple) and len(tables) == 2 and tables[0].dim() == 3):
+        return {}
+    (cos, sin), half = tables, tables[0].shape[-1] // 2
+    narrow = cos[0, :, :half].float(), sin[0, :, :half].float()
+    named = {"cos": cos, "sin": sin, "freqs_cos": narrow[0], "freqs_sin": narrow[1]}
+    return {**named, "freqs_cis": torch.complex(*narrow)}
 
 
 def rotation_tables(rotary: nn.Module | None, width: int | None, like: Tensor) -> Any:
@@ -207,7 +279,8 @@ def rotation_tables(rotary: nn.Module | None, width: int | None, like: Tensor) -
         positions = torch.arange(3, 3 + TOKENS, device=like.device)[None]
         with contextlib.suppress(Exception), torch.no_grad():
             return rotary(random((1, TOKENS, 4), 8, like), positions)
-        width = 2 * len(rotary.inv_freq)  # type: ignore[arg-type]
+        frequencies = getattr(rotary, "inv_freq", None)
+        width = width if frequencies is None else 2 * len(frequencies)
     if width is None:
         return None
     angles = random((1, TOKENS, width // 2), 7, like).repeat(1, 1, 2)

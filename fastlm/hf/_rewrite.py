@@ -14,14 +14,14 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
 
 _ATTENTION, _ROPE, _ADD_NORM = "_fastlm_attention", "_fastlm_rope", "_fastlm_add_norm"
 _SDPA, _METHOD = "_fastlm_sdpa", "_fastlm_method"
-_PRODUCT, _RELEASED = "_fastlm_product", "_fastlm_released"
+_PRODUCT, _MATMUL, _RELEASED = "_fastlm_product", "_fastlm_matmul", "_fastlm_released"
 
 
 class CannotRewrite(Exception):
@@ -41,6 +41,8 @@ class Sites:
     hides: bool = False  # its attention_mask says what is not seen
     untold: tuple[str, ...] = ()  # children that are called without its output_attentions
     deaf: bool = False  # nobody can tell it that the weights before its products are wanted
+    keeps: bool = False  # it sets attributes
+    attends: bool = False  # products around a softmax, of whatever form
 
 
 @dataclass
@@ -62,16 +64,45 @@ class Edit:
 
 
 def plain_forward(cls: type) -> FunctionType:
-    """The forward a class defines, without the gradient-checkpointing wrapper around it."""
+    """The forward a class defines, without what transformers wraps around it."""
     function: Any = cls.forward  # type: ignore[attr-defined]
-    wrapped = getattr(function, "__wrapped__", None)
-    if wrapped is not None and function.__code__.co_name == "forward_with_checkpointing":
-        function = wrapped
+    while _wrapper(function):
+        function = function.__wrapped__
     if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
         raise CannotRewrite("its forward is wrapped by a decorator")
     if function.__closure__:
         raise CannotRewrite("its forward closes over variables")
     return function
+
+
+def _wrapper(function: Any) -> str:
+    """Which of transformers' wrappers a function is; "" for any other function."""
+    code = getattr(function, "__code__", None)
+    if code is None or not hasattr(function, "__wrapped__"):
+        return ""
+    if code.co_name == "forward_with_checkpointing":
+        return "checkpointing"
+    renames = code.co_name == "wrapped_func" and {"func", "old_name"} <= set(code.co_freevars)
+    return "renaming" if renames else ""
+
+
+def rewrapped(cls: type, edited: Any, checkpointing: Callable[[Any], Any]) -> Any:
+    """An edited forward with the wrappers around the class's own; one of ours for checkpoints."""
+    wrappers, function = [], cls.forward  # type: ignore[attr-defined]
+    while _wrapper(function):
+        wrappers.append(function)
+        function = function.__wrapped__
+    for outer in reversed(wrappers):
+        if _wrapper(outer) == "checkpointing":
+            edited = checkpointing(edited)
+            continue
+        inside = dict(zip(outer.__code__.co_freevars, outer.__closure__, strict=True))
+        inside["func"] = CellType(edited)
+        closure = tuple(inside.values())
+        made = FunctionType(outer.__code__, outer.__globals__, "forward", None, closure)
+        made.__wrapped__ = edited  # type: ignore[attr-defined]
+        edited = made
+    return edited
 
 
 def find_sites(function: FunctionType) -> Sites:
@@ -83,7 +114,10 @@ def find_sites(function: FunctionType) -> Sites:
     found = finder.attention, rope, norms, finder.sdpa, methods, len(finder.products)
     hides = "masked_fill(attention_mask" in ast.unparse(tree)
     deaf = bool(finder.products) and finder.asks == "None"
-    return Sites(*found, hides, tuple(finder.untold), deaf)
+    attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    keeps = any(isinstance(n.ctx, ast.Store) for n in attributes)
+    attends = bool(_around_softmax(tree, einsum=True))
+    return Sites(*found, hides, tuple(finder.untold), deaf, keeps, attends)
 
 
 def rewrite(function: FunctionType, edit: Edit) -> FunctionType:
@@ -92,7 +126,7 @@ def rewrite(function: FunctionType, edit: Edit) -> FunctionType:
     tree = ast.fix_missing_locations(_Editor(function, edit, tree).visit(tree))
     helpers: dict[str, Any] = {_ATTENTION: edit.attention, _ADD_NORM: edit.add_norm}
     helpers |= {_SDPA: edit.sdpa, _METHOD: edit.method}
-    helpers |= {_PRODUCT: edit.product, _RELEASED: edit.released}
+    helpers |= {_PRODUCT: edit.product, _MATMUL: torch.matmul, _RELEASED: edit.released}
     helpers |= {f"{_ROPE}_{name}": rope for name, rope in edit.rope.items()}
     factory = ast.parse(f"def factory({', '.join(helpers)}):\n    return None")
     body = factory.body[0]
@@ -114,8 +148,11 @@ def _parse(function: FunctionType) -> ast.FunctionDef:
     except (OSError, TypeError):
         raise CannotRewrite("the source of its forward is not available") from None
     tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
-    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
+    if not isinstance(tree, ast.FunctionDef) or any(
+        not ast.unparse(d).startswith("deprecate_kwarg(") for d in tree.decorator_list
+    ):
         raise CannotRewrite("its forward is decorated")
+    tree.decorator_list = []  # `rewrapped` puts it on again
     ast.increment_lineno(tree, first - 1)
     arguments = tree.args
     for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
@@ -153,7 +190,7 @@ class _Editor(ast.NodeTransformer):
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
         rest = f"{tree.args.kwarg.arg}.get('output_attentions')" if tree.args.kwarg else "None"
         self.asks = "output_attentions" if "output_attentions" in names else rest
-        self.products = self._before_softmax(tree)
+        self.products = _around_softmax(tree)
         self.untold: list[str] = []
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -208,19 +245,14 @@ class _Editor(ast.NodeTransformer):
             node.value = ast.copy_location(call, node.value)
         return node
 
-    def _before_softmax(self, tree: ast.FunctionDef) -> list[ast.Call]:
-        """Products of a forward that come before its softmax, where others come after."""
-        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
-        names = [ast.unparse(c.func).split(".") for c in calls]
-        softmax = [c.lineno for c, n in zip(calls, names, strict=True) if n[-1] == "softmax"]
-        products = [
-            c
-            for c, n in zip(calls, names, strict=True)
-            if n in (["torch", "matmul"], ["torch", "bmm"]) or n[-1] == "baddbmm"
-        ]
-        if not softmax or all(c.lineno < max(softmax) for c in products):
-            return []
-        return [c for c in products if c.lineno < min(softmax)]
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        """a @ b as torch.matmul(a, b)."""
+        self.generic_visit(node)
+        if node not in self.products or self.edit.product is None:
+            return node
+        function = ast.Name(_MATMUL, ast.Load())
+        call = ast.copy_location(ast.Call(function, [node.left, node.right], []), node)
+        return self._handed_over(ast.fix_missing_locations(call), _PRODUCT)
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         self.generic_visit(node)
@@ -301,6 +333,35 @@ class _Editor(ast.NodeTransformer):
             out += match.fused() if wanted else block[i : i + match.length]
             i += match.length
         return out
+
+
+def _around_softmax(tree: ast.AST, einsum: bool = False) -> list[ast.expr]:
+    """Products of a forward that come before its softmax, where others come after."""
+
+    def ends(node: ast.expr) -> tuple[int, int]:
+        return node.end_lineno or 0, node.end_col_offset or 0
+
+    def before(a: ast.expr, b: ast.expr) -> bool:
+        """Whether a is computed first: it is a part of b, or ends before b begins."""
+        apart = ends(a) <= (b.lineno, b.col_offset)
+        return apart or (a is not b and any(n is a for n in ast.walk(b)))
+
+    known = {"torch.matmul", "torch.bmm"} | ({"torch.einsum"} if einsum else set())
+    products: list[ast.expr] = []
+    softmax: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            last = name.rpartition(".")[2]
+            if last == "softmax":
+                softmax.append(node)
+            elif name in known or last == "baddbmm":
+                products.append(node)
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+            products.append(node)
+    if not softmax or not any(all(before(s, p) for s in softmax) for p in products):
+        return []
+    return [p for p in products if all(before(p, s) for s in softmax)]
 
 
 @dataclass

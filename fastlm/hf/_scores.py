@@ -9,6 +9,7 @@ so far as the model wrote them, and the rest runs as ever: what is not known her
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,24 @@ def released(result: Any) -> Any:
     if isinstance(result, (tuple, list)):
         return type(result)(None if isinstance(x, Scores) else x for x in result)
     return result
+
+
+class _Returned(threading.local):
+    count = 0  # of scores that `kept` had to make, in this thread
+
+
+returned = _Returned()
+
+
+def kept(result: Any) -> Any:
+    """What a forward returns that nobody can tell whether its weights are wanted: all of it."""
+
+    def made(x: Any) -> Any:
+        if isinstance(x, Scores):
+            returned.count += 1
+        return _value(x)
+
+    return tree_map(made, result)
 
 
 def _put_off(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Scores | None:
@@ -85,16 +104,21 @@ class Scores:
         # query that sees no key; its scores are one and the same number, whatever the query is
         self._returned: Tensor | None = None
         self._weights = False
+        self._made: Tensor | None = None  # once somebody has written into them
         self.shape = torch.Size((*q.shape[:-1], k.shape[-2]))
 
     def value(self) -> Tensor:
         """The scores, or the weights, by the steps of the model."""
+        if self._made is not None:
+            return self._made
         made = self._make()
         for step in self._steps:
             made = step(made)
         return made
 
-    def _then(self, step: Callable[[Any], Any], **changes: Any) -> Scores:
+    def _then(self, step: Callable[[Any], Any], **changes: Any) -> Any:
+        if self._made is not None:
+            return step(self._made)
         made = object.__new__(Scores)
         made.__dict__.update(self.__dict__, _steps=(*self._steps, step), **changes)
         return made
@@ -134,7 +158,7 @@ class Scores:
 
     reshape = view
 
-    def float(self) -> Scores:
+    def float(self) -> Any:
         """In fp32, as the kernel takes them anyway."""
         return self._then(lambda x: x.float())
 
@@ -151,6 +175,8 @@ class Scores:
             return self._then(lambda x: x * other, _scale=self._scale * other)
         return self.value() * other
 
+    __rmul__ = __mul__
+
     def __truediv__(self, other: Any) -> Any:
         simple = not (self._weights or self._terms or self._masked)
         if simple and isinstance(other, (int, float)) and other:
@@ -166,6 +192,7 @@ class Scores:
             isinstance(other, Tensor)
             and other.is_floating_point()
             and not (other.requires_grad or self._weights or self._masked)
+            and self._made is None
             and other.dim() <= self.dim()
             and _fits(other.shape, self.shape)
         ):
@@ -198,9 +225,22 @@ class Scores:
             return self._then(lambda x: x.masked_fill(mask, value), **fill)
         return self.value().masked_fill(mask, value)
 
+    def softmax(self, *args: Any, **kwargs: Any) -> Any:
+        """The weights, not computed yet either."""
+        return F.softmax(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    def __matmul__(self, other: Any) -> Any:
+        return torch.matmul(self, other)  # type: ignore[arg-type]
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        self._made = self.value()
+        self._made[_value(where)] = _value(value)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name.endswith("_"):  # writes into them: from now on they are there
+            self._made = self.value()
         return getattr(self.value(), name)
 
     @classmethod
@@ -230,7 +270,7 @@ def _delegated(name: str) -> Callable[..., Any]:
     return method
 
 
-_NAMES = "rmul sub rsub rtruediv neg pow matmul rmatmul getitem len iter lt le gt ge bool"
+_NAMES = "rsub rtruediv sub neg pow rmatmul getitem len iter lt le gt ge bool"
 for _name in _NAMES.split():
     setattr(Scores, f"__{_name}__", _delegated(f"__{_name}__"))
 
@@ -241,7 +281,7 @@ def _fits(shape: torch.Size, whole: torch.Size) -> bool:
 
 
 def _softmax(x: Scores, dim: Any = None, *rest: Any, **kwargs: Any) -> Scores | None:
-    if dim not in (-1, x.dim() - 1) or x._weights:
+    if dim not in (-1, x.dim() - 1) or x._weights or x._made is not None:
         return None
     return x._then(lambda s: F.softmax(s, dim, *rest, **kwargs), _weights=True)
 
@@ -252,7 +292,7 @@ def _dropout(x: Scores, p: float = 0.5, training: bool = True, inplace: bool = F
 
 def _at_least(x: Scores, lowest: Any) -> Scores | None:
     """max(scores, lowest number of their dtype): changes nothing that is finite."""
-    if x._weights or len(x._terms) != 1 or x.dim() != 4 or x._masked:
+    if x._weights or len(x._terms) != 1 or x.dim() != 4 or x._masked or x._made is not None:
         return None
     (mask,) = x._terms
     if not isinstance(lowest, Tensor) or lowest.dim() or not lowest.is_cpu:
@@ -271,6 +311,7 @@ def _attend(x: Scores, v: Any) -> Tensor | None:
     q, k = x._q, x._k
     if not (
         x._weights
+        and x._made is None
         and isinstance(v, Tensor)
         and q.dtype == v.dtype
         and v.shape[:-1] == (*x.shape[:-2], x.shape[-1])

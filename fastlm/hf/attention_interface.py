@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fastlm import ops
+from fastlm.ops._library import autocasts
 
 # Arguments that travel with the call and say nothing about the product: a sliding window and the
 # boundaries of packed sequences are in the mask already, as they are for SDPA.
@@ -212,6 +213,10 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> Tensor:
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if not (query.dtype == key.dtype == value.dtype) and autocasts(query):
+        # a norm of queries and keys gave them another dtype than a product the values
+        narrow = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     queries = query.shape[2]
     if mask is not None:
         out = ops.attention(query, key, value, mask=mask, scale=scale, softcap=softcap, sinks=sinks)

@@ -63,7 +63,10 @@ def forward(cls: type, inner: Callable[..., Any]) -> Callable[..., Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            out = _step(self, {**dict(zip(names, args, strict=False)), **kwargs})
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if "cache" in given:  # its name from 5.24 on
+                given["past_key_values"] = given.pop("cache")
+            out = _step(self, given)
             if out is not None:
                 return out
         return inner(self, *args, **kwargs)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from fastlm.hf._modules import (
     match_activation,
     match_linear,
     match_norm,
+    named_like,
 )
 from fastlm.hf._paths import collapse, pattern
+from fastlm.hf._structure import structure
 from fastlm.ops import _registry
 
 STEMS = (
@@ -259,16 +262,21 @@ class _Patcher:
 
     def _verdict(self, module: nn.Module) -> tuple[list[str], Match]:
         """The match of a module; modules of one structure share the trial runs."""
-        key = _structure(module)
+        key = structure(module)
         if key not in self.verdicts:
             kept, match = self._match(module)
             if isinstance(match, Candidate):
+                whole = match.calls == [] or "activation" in match.stems
+                if whole:  # not edited: its input may have another name
+                    match = replace(match, forward=named_like(match.forward, type(module).forward))
                 try:
                     _probe.compare(module, match.forward, match.calls, match.first_only)
                 except _probe.Mismatch as e:
                     match = str(e)
                 except Exception as e:
-                    match = f"the trial run failed: {type(e).__name__}: {str(e)[:120]}"
+                    text = f"the trial run failed: {type(e).__name__}: {str(e)[:120]}"
+                    # An addition beside a norm is no layer yet: that nobody fuses it is no failure.
+                    match = Note(text) if match.stems == ("add_norm",) else text
             self.verdicts[key] = kept, match
         return self.verdicts[key]
 
@@ -308,6 +316,9 @@ class _Patcher:
         ):
             return
         stems = ("cross_entropy",)
+        if _computes_its_loss(type(module)):
+            self._note(path, module, "kept", "cross_entropy: its forward computes the loss itself")
+            return
         own = module.__dict__.get("_loss_function")
         if own is causal_lm_loss:
             self._note(path, module, "already", "loss", stems)
@@ -395,6 +406,14 @@ def _decodes_only(forward: Any) -> bool:
     return getattr(forward, "inner", None) is type(forward.__self__).forward
 
 
+def _computes_its_loss(cls: Any) -> bool:
+    """Whether a forward calls PyTorch's cross-entropy instead of the model's loss function."""
+    names = inspect.unwrap(cls.forward).__code__.co_names
+    return "loss_function" not in names and not {"cross_entropy", "CrossEntropyLoss"}.isdisjoint(
+        names
+    )
+
+
 def _renewed(module: Any) -> bool:
     """Whether a patched model has got another head since, as by resize_token_embeddings."""
     forward, head = module.__dict__.get("forward"), module.get_output_embeddings()
@@ -445,11 +464,14 @@ def _no_kernel(stem: str, device: str) -> str:
 
 def _rotary(model: nn.Module) -> nn.Module | None:
     """The module that makes the model's rotation tables."""
+    named = None
     for module in model.modules():
         frequencies = getattr(module, "inv_freq", None)
         if isinstance(frequencies, Tensor) and frequencies.dim() == 1:
             return module
-    return None
+        if named is None and "rotary" in type(module).__name__.lower():
+            named = module  # which may hold the tables themselves
+    return named
 
 
 def _own(module: nn.Module) -> bool:
@@ -462,29 +484,6 @@ def _device(module: nn.Module, model: nn.Module) -> torch.device:
         if p is not None:
             return p.device
     return torch.device("cpu")
-
-
-_STANDARD = frozenset(nn.Module().__dict__) | {"layer_idx", "layer_id", "forward"}
-
-
-def _structure(module: nn.Module) -> Any:
-    """Equal for modules that a trial run on random parameters cannot tell apart."""
-    key: list[Any] = []
-    for name, m in module.named_modules():
-        own = m.__dict__.get("forward")
-        key.append((name, type(m), id(getattr(own, "__func__", own))))
-        for attribute, value in m.__dict__.items():
-            if attribute not in _STANDARD:
-                simple = value is None or isinstance(value, (bool, int, float, str, torch.Size))
-                simple = simple or type(value) is tuple
-                key.append((attribute, value if simple else id(value)))
-        key += [len(h) for n, h in m.__dict__.items() if n.endswith("_hooks") and h is not None]
-        key += [
-            (n, None if t is None else (tuple(t.shape), t.dtype, t.device, type(t)))
-            for group in (m._parameters, m._buffers)
-            for n, t in group.items()
-        ]
-    return tuple(key)
 
 
 def _table(entries: list[Entry]) -> list[str]:

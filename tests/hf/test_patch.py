@@ -16,6 +16,7 @@ from fastlm.hf._head import worth
 from fastlm.hf.patch import STEMS, suspended
 from fastlm.ops import _registry
 from fastlm.testing import Pool
+from tools.architectures import small
 
 IDS = token_numbers()
 LOSS = {"cross_entropy", "linear_cross_entropy"}
@@ -178,6 +179,26 @@ def test_autocast():
             ours = logits(model)
     assert ours.dtype == theirs.dtype
     as_accurate(ours, theirs, exactly(logits, model))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+def test_autocast_where_queries_and_values_differ(name):
+    """Norms of queries and keys widen them; the values stay what a product made them."""
+    model = small(name)
+
+    def loss(model):
+        model.zero_grad()
+        loss = model(IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())])
+
+    exact = exactly(loss, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = loss(model)
+        with fastlm.patch(model), _registry.recording() as verdicts:
+            ours = loss(model)
+    assert "attention" in {v.stem for v in verdicts}
+    as_accurate(ours, theirs, exact)
 
 
 def test_attention_dropout_is_left_to_pytorch_in_training():
