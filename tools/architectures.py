@@ -32,6 +32,9 @@ from torch import nn
 import fastlm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks import machine  # noqa: E402
+
 PAGE = ROOT / "docs" / "architectures.md"
 
 # Sizes by the names that configuration classes give them.
@@ -309,10 +312,11 @@ def page(rows: list[Row]) -> str:
         " original's own error. The numbers count replaced modules in two layers.",
     ]
     if timed:
+        here, day = machine.machine(), time.strftime("%Y-%m-%d")
         lines.append(
             "The last columns say how many times as fast as the original a larger model (width 512)"
-            " runs 256 tokens, forward and in a training step, on this machine's CPU"
-            f" ({torch.get_num_threads()} threads)."
+            f" runs 256 tokens, forward and in a training step: {here['cpu']} ({here['isa']}),"
+            f" {torch.get_num_threads()} threads, {day}."
         )
     lines += [
         "",
