@@ -146,15 +146,7 @@ def test_heads_of_a_group_share_a_tile_of_few_queries(dtype, name, monkeypatch):
         options = {**options, "alibi_slopes": torch.rand(batch, hq)}
     q, k, v = heads(batch, hq, tq, d), heads(batch, hkv, tk, d), heads(batch, hkv, tk, dv)
     inputs = [x.to(dtype) for x in (q, k, v)] + [torch.randn(hq)] * many
-    packs = []
-
-    def watched(*args, **constants):
-        if "PACK" in constants:
-            packs.append(constants["PACK"])
-        launch(*args, **constants)
-
-    launch = attention.launch
-    monkeypatch.setattr(attention, "launch", watched)
+    packs = watched(monkeypatch, "PACK")
     matches(inputs, options, gradients=False)
     assert set(packs) == {hq // hkv}, "of every forward pass"
     f = with_sinks(ops.attention, return_lse=True, **options)
@@ -198,6 +190,19 @@ def test_options(dtype, name):
     inputs = [heads(1, 8, 9, 16), heads(1, 4, 34, 16), heads(1, 4, 34, 16), *sinks]
     # the gradient of a sink is eight numbers a draw: few of them say little about an error
     matches([x.to(dtype) for x in inputs], options, draws=16 if sinks else 4)
+
+
+def watched(monkeypatch, name):
+    """A list that gets a constant's value from every launch that has it."""
+    launch, values = attention.launch, []
+
+    def record(*args, **constants):
+        if name in constants:
+            values.append(constants[name])
+        launch(*args, **constants)
+
+    monkeypatch.setattr(attention, "launch", record)
+    return values
 
 
 def masks(batch, tq, tk):
@@ -359,15 +364,7 @@ def test_sums_of_no_fixed_order(dtype, causal):
 
 
 def test_the_deterministic_mode_asks_for_order_whatever_the_call_allows(monkeypatch):
-    seen = []
-
-    def watched(*args, **constants):
-        if "ATOMIC" in constants:
-            seen.append(constants["ATOMIC"])
-        launch(*args, **constants)
-
-    launch = attention.launch
-    monkeypatch.setattr(attention, "launch", watched)
+    seen = watched(monkeypatch, "ATOMIC")
     x = heads(1, 1, 5, 16).requires_grad_()
     try:
         for mode in (False, True):
