@@ -161,6 +161,8 @@ def build(python):
 
 def main(extras):
     check_machine()
+    if extras == ["demo"]:  # which leaves the others out of this build, not out of a later one
+        os.environ.setdefault("FASTLM_BUILD_ISAS", "native")
     if not VENV.exists() and has_everything(sys.executable, extras):
         say(f"using {sys.executable}, which has everything")
         build(sys.executable)

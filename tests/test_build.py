@@ -124,12 +124,42 @@ def test_missing_compiler_is_named(monkeypatch, compiler):
 
 def test_only_kernels_without_tiles_share_the_object_of_another_set():
     """A row that uses AMX and is not compiled for it would silently run without."""
+    isas = list(native.ISA_FLAGS)
     for stem in native.kernel_stems():
         text = "".join(source.read_text() for source in native.kernel_sources(stem))
         tiles = re.search(r"\b_tile_\w+\(", text) is not None
-        assert native.twin(stem, "amx") == (None if tiles else "avx512bf16"), stem
-        assert not any(native.twin(stem, isa) for isa in native.ISA_FLAGS if isa != "amx")
-    assert [s for s in ("linear", "attention", "rope") if native.twin(s, "amx")] == ["rope"]
+        assert native.twin(stem, "amx", isas) == (None if tiles else "avx512bf16"), stem
+        assert not any(native.twin(stem, isa, isas) for isa in isas if isa != "amx")
+    assert [s for s in ("linear", "attention", "rope") if native.twin(s, "amx", isas)] == ["rope"]
+
+
+CPUINFO = "processor\t: 0\nflags\t\t: fpu avx2 fma f16c {}\n\nprocessor\t: 1\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        ("", 2),
+        ("avx512f avx512bw avx512vl", 2),  # one of the four is missing
+        ("avx512f avx512bw avx512vl avx512dq avx512_vnni", 3),
+        ("avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16", 4),
+        ("amx_tile amx_bf16", 2),  # a set stands on those before it
+    ],
+)
+def test_a_native_build_has_the_sets_of_this_processor(monkeypatch, more, count):
+    monkeypatch.setattr(native, "_cpuinfo", lambda: CPUINFO.format(more))
+    isas = list(native.ISA_FLAGS)
+    assert native.instruction_sets(x86=True) == isas
+    monkeypatch.setenv("FASTLM_BUILD_ISAS", "native")
+    assert native.instruction_sets(x86=True) == isas[:count]
+    assert native.instruction_sets(x86=False) == ["baseline"]
+    for isa in isas[count:]:  # a name for the linker
+        assert native.twin("linear", isa, isas[:count]) == isas[count - 1]
+    monkeypatch.setattr(native, "_cpuinfo", lambda: "")
+    assert native.instruction_sets(x86=True) == isas
+    monkeypatch.setenv("FASTLM_BUILD_ISAS", "avx2")
+    with pytest.raises(native.BuildError, match="expected all or native, got 'avx2'"):
+        native.instruction_sets(x86=True)
 
 
 def test_missing_tool_is_named():

@@ -24,10 +24,11 @@ class Plan:
     rounds: int = 4
     batch: tuple[int, int] = (2, 128)  # sequences x tokens of a training step
     steps: int = 3  # 0: no training
-    seconds: float = 80.0  # of a dtype; a slow machine ends with fewer rounds, two and one at least
+    seconds: float = 50.0  # of a dtype; a slow machine ends with fewer rounds, two and one at least
     realtime: bool = False
 
 
+WARM = 1, 16  # the first step's batch: a full one can take a minute where bf16 is emulated
 QUICK = Plan(prompt=64, new=16, rounds=2, batch=(1, 32), steps=1)
 
 
@@ -90,7 +91,7 @@ def measure(
         for number in range(plan.steps + 1 if plan.steps else 0):
             if number > 1 and time.perf_counter() - start > plan.seconds:
                 break
-            batch = tokens(*plan.batch)
+            batch = tokens(*(plan.batch if number else WARM))
             for worker in _turn(workers, number):
                 seconds, loss = worker.ask("train", tokens=batch, realtime=plan.realtime)
                 figures[worker.variant].losses.append(loss)

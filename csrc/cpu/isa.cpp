@@ -73,8 +73,10 @@ const char* isa_name(Isa isa) {
 }
 
 // __builtin_cpu_supports reads XCR0 as well, so a set the operating system does not save is off.
+// FASTLM_ISAS: how many of the sets, from the first, the build has compiled.
 bool isa_supported(Isa isa) {
 #if FASTLM_X86
+  if (static_cast<int>(isa) >= FASTLM_ISAS) return false;
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
