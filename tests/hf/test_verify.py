@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 import types
 
@@ -135,6 +136,25 @@ def test_the_luck_of_one_draw_is_no_verdict(given, monkeypatch):
     assert len(judged) == 1
     bad = [e.name for e in report.errors if not e.ok]
     assert bad == (judged if given == "embeddings" else []), str(report)
+
+
+def test_a_loss_that_tokens_alone_do_not_give_is_left_out():
+    """GIT's wants an image; its text stands behind the image's places."""
+    model = tiny()
+    model.loss_function = lambda logits, labels, **_: (logits[:, 4:, 0] - labels).mean()
+    report = fastlm.verify(model)
+    assert report.ok, str(report)
+    assert "loss" not in [e.name for e in report.errors]
+    assert any(e.name.startswith("gradient of") for e in report.errors)
+    (note,) = report.notes
+    text = r"its own loss was not compared, it fails with labels \[2, 48\] alone: RuntimeError: .*44"
+    assert re.match(text, note), note
+    assert note in str(report) and report.to_dict()["notes"] == [note]
+    ids = token_numbers(2, 9)
+    with pytest.raises(RuntimeError, match="must match the size"):  # somebody's own labels
+        fastlm.verify(model, {"input_ids": ids, "labels": ids})
+    with pytest.raises(IndexError):  # not the labels' fault
+        fastlm.verify(model, ids + model.config.vocab_size)
 
 
 def test_any_module_with_inputs():
