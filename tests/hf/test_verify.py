@@ -147,8 +147,9 @@ def test_a_loss_that_tokens_alone_do_not_give_is_left_out():
     assert "loss" not in [e.name for e in report.errors]
     assert any(e.name.startswith("gradient of") for e in report.errors)
     (note,) = report.notes
-    text = r"its own loss was not compared, it fails with labels \[2, 48\] alone: RuntimeError: .*44"
-    assert re.match(text, note), note
+    assert re.match(
+        r"its own loss was not compared, it fails with labels \[2, 48\] alone: Run", note
+    )
     assert note in str(report) and report.to_dict()["notes"] == [note]
     ids = token_numbers(2, 9)
     with pytest.raises(RuntimeError, match="must match the size"):  # somebody's own labels
