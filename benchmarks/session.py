@@ -30,7 +30,7 @@ class Plan:
     reference: bool = False  # operators without a kernel of their own here are timed too
     realtime: bool = False
     keep: bool = True  # glibc keeps freed memory, for all that is timed
-    budget: float = math.inf  # seconds after which no further case begins
+    budget: float = math.inf  # seconds after which no further case begins; operators share them
     again: int = 0  # times that cases with widely spread samples are timed once more, at the end
 
 
@@ -39,7 +39,8 @@ def measure(cases: Sequence[Case], plan: Plan, say: Say) -> tuple[dict, list[Out
 
     Returns:
         The content of a result file of kind "ops", and the outcomes. Cases for which the budget
-        was spent have the status "skipped".
+        was spent have the status "skipped": an operator's cases end with its share of it, so that
+        the slow cases of one do not crowd out the next.
     """
     started = time.perf_counter()
     allocator = machine.use_allocator(keep=plan.keep)
@@ -52,8 +53,10 @@ def measure(cases: Sequence[Case], plan: Plan, say: Say) -> tuple[dict, list[Out
     peaks = ", ".join(f"{name} {peak:.0f} GFLOP/s" for name, peak in limits.gflops.items())
     say(f"reached by PyTorch here: {levels}; {peaks}\n")
 
+    ends = {case.op: plan.budget * n / len(cases) for n, case in enumerate(cases, 1)}
+
     def run(case: Case) -> Outcome:
-        if time.perf_counter() - started > plan.budget:
+        if time.perf_counter() - started > ends[case.op]:
             return Outcome(case, "skipped", "the time was up")
         return driver.run(
             case,

@@ -23,6 +23,8 @@ Thunk = Callable[[], object]
 BURST = 0.004  # seconds a sample lasts at least
 WAITED = 0.04  # share of a sample spent waiting that spoils it
 LEAST = 5  # clean samples wanted of each function
+LONG = 0.05  # seconds of one call from which on the pool's threads need no call to wake them
+ALONE = 0  # calls of a burst that is one long call
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,11 @@ def interleave(
             for name in names if turn % 2 == 0 else reversed(names):
                 with within(name):
                     wall, waited = _sample(turns[name], calls[name], realtime)
+                each = wall / max(calls[name], 1)
                 if waited > WAITED * wall:
-                    spoilt[name].append((waited / wall, wall / calls[name]))
+                    spoilt[name].append((waited / wall, each))
                 else:
-                    clean[name].append(wall / calls[name])
+                    clean[name].append(each)
             spent = time.perf_counter() - start
             enough = min(map(len, clean.values())) >= LEAST
             if (spent > seconds and enough) or (spent > 2 * seconds and turn + 1 >= LEAST):
@@ -94,9 +97,13 @@ def _times(clean: list[float], spoilt: list[tuple[float, float]]) -> Times:
 
 
 def _calibrate(turn: Iterator[Thunk], rotation: int, realtime: bool) -> int:
-    """How many calls fill a burst; every thunk has run once when it returns."""
+    """How many calls fill a burst, or ALONE; every thunk has run once when it returns."""
     for thunk in itertools.islice(turn, rotation):
         thunk()
+    start = time.perf_counter()
+    next(turn)()
+    if time.perf_counter() - start > LONG:
+        return ALONE
     calls = 1
     while True:
         spent, _ = _sample(turn, calls, realtime)
@@ -107,9 +114,10 @@ def _calibrate(turn: Iterator[Thunk], rotation: int, realtime: bool) -> int:
 
 def _sample(turn: Iterator[Thunk], calls: int, realtime: bool) -> tuple[float, float]:
     """(seconds, seconds of it spent waiting for a processor) of some calls."""
-    wake, *burst = itertools.islice(turn, 1 + calls)
+    wake, *burst = itertools.islice(turn, 1 + calls) if calls != ALONE else (None, next(turn))
     with raised(realtime):
-        wake()  # the threads of the pool
+        if wake is not None:
+            wake()  # the threads of the pool
         before, start = _waited() + _stolen(), time.perf_counter()
         for thunk in burst:
             thunk()

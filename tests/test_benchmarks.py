@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,44 @@ def test_turns_are_fair_and_samples_are_counted():
     times = interleave(thunks, seconds=0.01)
     assert abs(seen.count("a0") - seen.count("a1")) <= 1
     assert times["a"].samples >= 5 and times["a"].least > 0
+
+
+def test_a_long_call_is_made_no_more_often_than_it_is_timed():
+    seen = []
+
+    def long():
+        seen.append(1)
+        time.sleep(timing.LONG)
+
+    times = interleave({"a": [long]}, seconds=0.01)["a"]
+    assert (
+        times.samples + times.disturbed == len(seen) - 2
+    )  # once before, once to see that it is long
+    assert times.least > 1e6 * timing.LONG
+
+
+def test_operators_share_the_time_of_a_run(monkeypatch):
+    """Two slow cases at the beginning cost those after them nothing."""
+    clock = itertools.count(0, 0.01)
+    monkeypatch.setattr(session.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(machine, "probe", lambda realtime: LIMITS)
+    ran = []
+
+    def run(case, *args, **kw):
+        nonlocal clock
+        ran.append(case.id)
+        clock = itertools.count(next(clock) + (3.0 if case.op == "slow" else 0.5), 0.01)
+        return driver.Outcome(case, "timed", times={"ours": Times.of([1e-6])})
+
+    monkeypatch.setattr(driver, "run", run)
+    each = [
+        Case(op, str(n), "fp32", False, 1, 1, softmax_case)
+        for op, count in (("slow", 4), ("quick", 4), ("last", 2))
+        for n in range(count)
+    ]
+    _, outcomes = session.measure(each, session.Plan(budget=10), lambda text: None)
+    assert [o.case.op for o in outcomes if o.status == "skipped"] == ["slow", "slow"]
+    assert len(ran) == 8
 
 
 def test_what_the_host_took_away_counts_as_waiting(monkeypatch):
