@@ -21,8 +21,9 @@ TRITON_INTERPRET   Triton's own: ``1`` runs its kernels in Python, slowly. The b
 =================  ==========================================================================
 
 Read by the build only (``build_support/native.py``): ``FASTLM_CUDA`` (``0``, ``1``, ``auto``),
-``FASTLM_TORCH_DIR``, ``FASTLM_REQUIRE_NATIVE``, ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``,
-``CUDA_PATH``, ``NVCC_CCBIN``, ``NVCC_THREADS``, ``CXX``, ``MAX_JOBS``, ``VIRTUAL_ENV``.
+``FASTLM_BUILD_ISAS`` (``all``, ``native``), ``FASTLM_TORCH_DIR``, ``FASTLM_REQUIRE_NATIVE``,
+``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``CUDA_PATH``, ``NVCC_CCBIN``, ``NVCC_THREADS``, ``CXX``,
+``MAX_JOBS``, ``VIRTUAL_ENV``.
 """
 
 from __future__ import annotations

@@ -142,7 +142,8 @@ template <bool kCentred, int kRows, class T, class W>
 inline void backward_group(const NormBackward& a, const Scale<!kCentred, W>& scale, int64_t r,
                            float* dw, float* db) {
   const int64_t cols = a.cols;
-  const bool past_cache = a.past_cache;
+  // Beside two tensors read, stores of a quarter of a line, which AVX2's halves are, lose by it.
+  const bool past_cache = a.past_cache && sizeof(T) * kLanes >= 32;
   const T* x = static_cast<const T*>(a.x) + r * cols;
   const T* g = static_cast<const T*>(a.grad) + r * cols;
   const T* extra = static_cast<const T*>(a.grad_summed);
