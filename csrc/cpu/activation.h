@@ -7,9 +7,11 @@
 // Source     arXiv:1606.08415 (gelu, silu), arXiv:2109.08668 (relu2), arXiv:2002.05202 (gated)
 #include "cpu/activation_math.h"
 
-// Calls f(offset) for each whole vector of [begin, end) and f(offset, lanes) once for its tail.
+// Calls f(offset, Both()) for each two whole vectors of [begin, end), f(offset) for one more and
+// f(offset, lanes) once for the tail.
 template <class F>
 inline void for_lanes(int64_t begin, int64_t end, F&& f) {
+  for (; begin + 2 * kLanes <= end; begin += 2 * kLanes) f(begin, Both());
   for (; begin + kLanes <= end; begin += kLanes) f(begin);
   if (begin < end) f(begin, static_cast<int>(end - begin));
 }
@@ -43,17 +45,17 @@ void backward_rows(const ActivationBackward& a, int64_t row, int64_t row_end, in
     T* dx = static_cast<T*>(a.dx) + row * a.dx_stride;
     if (a.up == nullptr) {
       for_lanes(begin, end, [&](int64_t i, auto... n) {
-        VecF y;
-        store(dx + i, load(g + i, n...) * activate_slope<kAct>(load(x + i, n...), &y), n...);
+        auto y = load(x + i, n...);
+        store(dx + i, load(g + i, n...) * activate_slope<kAct>(y, &y), n...);
       });
     } else {
       const T* up = static_cast<const T*>(a.up) + row * a.up_stride;
       T* dup = static_cast<T*>(a.dup) + row * a.dup_stride;
       for_lanes(begin, end, [&](int64_t i, auto... n) {
-        VecF y;
-        const VecF gi = load(g + i, n...);
-        const VecF slope = activate_slope<kAct>(load(x + i, n...), &y);
-        const VecF d = gi * slope * load(up + i, n...);
+        auto y = load(x + i, n...);
+        const auto gi = load(g + i, n...);
+        const auto slope = activate_slope<kAct>(y, &y);
+        const auto d = gi * slope * load(up + i, n...);
         store(dup + i, gi * y, n...);
         store(dx + i, d, n...);
       });

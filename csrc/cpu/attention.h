@@ -1,8 +1,8 @@
 // attention forward; the backward is in attention_backward.h.
 // Computes   out_i = sum_j softmax_j(s_ij) v_j, s_ij = cap(scale q_i.k_j) - slope |p_i-j| + mask_ij
 // Algorithm  a task owns some query blocks of one kv head (rows of all heads that share it) and
-//            walks the key blocks they see, packing each once: k transposed, v as it is. Per block:
-//            scores in 6 x 4-vector register tiles, running maximum, exponentials, weights times v
+//            walks the key blocks they see, packing each once: k transposed, v as it is (fp32 rows
+//            that lie well: in place). Then scores in register tiles, exponentials, weights times v
 //            into an fp32 block; sums are rescaled only when a maximum grows
 // Tile       64 queries x 64 keys; key blocks outside all sight, by position or by the mask, are
 //            skipped; columns past the last one seen are left out per group of 6 rows (32 in tile
@@ -18,25 +18,27 @@
 
 template <class E>
 struct ForwardMemory {
-  int64_t q_width, o_width;
-  float *q, *o, *sums, *maxima, *keys, *values, *scores, *weights, *bias;
+  int64_t q_width, o_width, v_width;
+  float *own_q, *o, *sums, *maxima, *keys, *own_values, *scores, *weights, *bias;
+  const float *q, *values;  // packed, or where they lie if they can be read there
   int64_t floats;
 
   ForwardMemory(const AttentionForward& f, float* base) {
     const Attention& a = f.a;
-    const int64_t blocks = attention_blocks(a.tq * (a.heads / a.kv_heads));
-    const int64_t rows = kBlock * min_of(blocks, f.blocks_per_task);
+    constexpr int64_t kStep = 32;  // a product may write rows up to a multiple of it
+    const int64_t all = (a.tq * (a.heads / a.kv_heads) + kStep - 1) / kStep * kStep;
+    const int64_t rows = min_of(all, kBlock * f.blocks_per_task), block = min_of(rows, kBlock);
     Arena arena{base};
     q_width = padded(words_of(a.d, E::kPer));
-    o_width = padded(a.dv);
-    q = arena.take(rows * q_width);
+    o_width = v_width = padded(a.dv);
+    q = own_q = arena.take(rows * q_width);
     o = arena.take(rows * o_width);
     sums = arena.take(rows * kLanes);  // one partial sum per lane
     maxima = arena.take(rows);
     keys = arena.take(steps_of<E>(a.d) * kBlock);
-    values = arena.take(kBlock / E::kPer * o_width);
-    scores = arena.take(kBlock * kBlock);
-    weights = E::kPer == 1 ? scores : arena.take(kBlock * kBlock / E::kPer);
+    values = own_values = arena.take(kBlock / E::kPer * o_width);
+    scores = arena.take(block * kBlock);
+    weights = E::kPer == 1 ? scores : arena.take(block * kBlock / E::kPer);
     bias = arena.take(kBlock);
     floats = arena.used;
   }
@@ -66,10 +68,9 @@ inline VecF weigh_plain(const float* s, float shift, VecF sum, float* w) {
   const VecF base = set1(-shift * kLog2E), unit = set1(kLog2E);
 #pragma GCC unroll 8
   for (int j = 0; j < kRowVectors; j += 2) {
-    const VecF a = vexp2_falling<E::kDegree>(fma(load(s + j * kLanes), unit, base));
-    const VecF b = vexp2_falling<E::kDegree>(fma(load(s + (j + 1) * kLanes), unit, base));
-    sum = sum + (a + b);
-    store_weights(E(), w, j * kLanes, a, b);
+    const Two e = vexp2_falling<E::kDegree>(fma(load(s + j * kLanes, Both()), unit, base));
+    sum = sum + (e.a + e.b);
+    store_weights(E(), w, j * kLanes, e.a, e.b);
   }
   return sum;
 }
@@ -78,12 +79,16 @@ inline VecF weigh_plain(const float* s, float shift, VecF sum, float* w) {
 template <class E>
 inline VecF weigh(const float* s, int vectors, float shift, VecF sum, float* w) {
   const VecF base = set1(shift == -HUGE_VALF ? 0.0f : shift);
-  for (int j = 0; j < vectors; j += 2) {
-    const VecF a = vexp_falling<E::kDegree>(load(s + j * kLanes) - base);
-    const VecF b =
-        j + 1 < vectors ? vexp_falling<E::kDegree>(load(s + (j + 1) * kLanes) - base) : zero();
-    sum = sum + (a + b);
-    store_weights(E(), w, j * kLanes, a, b);
+  int j = 0;
+  for (; j + 1 < vectors; j += 2) {
+    const Two e = vexp_falling<E::kDegree>(load(s + j * kLanes, Both()) - base);
+    sum = sum + (e.a + e.b);
+    store_weights(E(), w, j * kLanes, e.a, e.b);
+  }
+  if (j < vectors) {
+    const VecF e = vexp_falling<E::kDegree>(load(s + j * kLanes) - base);
+    sum = sum + e;
+    store_weights(E(), w, j * kLanes, e, zero());
   }
   return sum;
 }
@@ -98,7 +103,6 @@ template <class E>
                                      bool started) {
   const float before = m.maxima[row];
   m.maxima[row] = larger;
-  if (before == -HUGE_VALF) return;  // nothing yet
   const VecF factor = vexp_falling<E::kDegree>(set1(before - larger));
   float *sums = m.sums + row * kLanes, *o = m.o + row * m.o_width;
   store(sums, load(sums) * factor);
@@ -129,13 +133,22 @@ template <class E>
     const int vectors = vectors_of(seen[i / E::kGroup]);
     if (vectors == 0) continue;
     float* s = m.scores + i * kBlock;
-    float* sums = m.sums + (local + i) * kLanes;
     scale_row<E>(s, vectors, f.a.scale);
     if (!plain) scores.finish(r0 + i, s, vectors, nullptr);
     const VecF top = largest(s, vectors);
-    if (any(less(set1(m.maxima[local + i] + kSlack), top))) {
+    float& maximum = m.maxima[local + i];
+    if (maximum == -HUGE_VALF) {  // nothing yet
+      maximum = reduce_max(top);
+    } else if (any(less(set1(maximum + kSlack), top))) {
       raise_maximum(m, local + i, reduce_max(top), started);
     }
+  }
+  // a loop of its own: without the branches above, rows overlap in the processor
+  for (int64_t i = 0; i < rows; ++i) {
+    const int vectors = vectors_of(seen[i / E::kGroup]);
+    if (vectors == 0) continue;
+    const float* s = m.scores + i * kBlock;
+    float* sums = m.sums + (local + i) * kLanes;
     const float shift = m.maxima[local + i];
     float* w = m.weights + i * weight_width;
     store(sums, plain ? weigh_plain<E>(s, shift, load(sums), w)
@@ -144,7 +157,7 @@ template <class E>
   for (int64_t i = 0; i < rows; i += E::kGroup) {
     const int n = static_cast<int>(min_of<int64_t>(E::kGroup, rows - i));
     row_group<E>(n, vectors_of(f.a.dv), words_of(seen[i / E::kGroup], E::kPer),
-                 {m.weights + i * weight_width, weight_width, 1}, {m.values, m.o_width},
+                 {m.weights + i * weight_width, weight_width, 1}, {m.values, m.v_width},
                  {m.o + (local + i) * m.o_width, m.o_width}, started, 1.0f);
   }
 }
@@ -172,13 +185,28 @@ void finish_rows(const AttentionForward& f, const ForwardMemory<E>& m, const Hea
   }
 }
 
+// Rows of fp32 are read where they lie, unless they are so far apart that they would compete for
+// the same lines of the cache.
+inline bool lie_well(const HeadRows& x, int64_t size, int64_t rows) {
+  return x.row == size || rows <= 16;
+}
+
 // Packs one block of keys and values, and asks for the next.
 template <class T, class E>
-inline void pack_keys(const AttentionForward& f, const ForwardMemory<E>& m, const Head& head,
-                      int64_t k0, int64_t keys, int64_t end) {
+inline void pack_keys(const AttentionForward& f, ForwardMemory<E>& m, const Head& head, int64_t k0,
+                      int64_t keys, int64_t end, int64_t rows) {
   const HeadRows &k = f.a.k, &v = f.a.v;
   pack_transposed<E>(head.key_row<const T>(k, k0), k.row, keys, f.a.d, m.keys);
-  pack_rows<E>(head.key_row<const T>(v, k0), v.row, keys, f.a.dv, m.values, m.o_width);
+  const T* values = head.key_row<const T>(v, k0);
+  bool packed = false;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (f.a.dv % kLanes == 0 && lie_well(v, f.a.dv, rows)) {
+      m.values = values;
+      m.v_width = v.row;
+      packed = true;
+    }
+  }
+  if (!packed) pack_rows<E>(values, v.row, keys, f.a.dv, m.own_values, m.o_width);
   const int64_t next = k0 + kBlock;
   if (next >= end) return;
   const int64_t count = min_of(kBlock, end - next);
@@ -197,9 +225,19 @@ void forward_task(const AttentionForward& f, int64_t task, float* scratch) {
   if (begin >= end) return;
 
   [[maybe_unused]] const typename E::Registers registers;
-  const ForwardMemory<E> m(f, scratch);
+  ForwardMemory<E> m(f, scratch);
+  bool in_place = false;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    in_place = head.group == 1 && lie_well(a.q, a.d, end - begin);
+    if (in_place) {
+      m.q = head.query_row<const T>(a.q, begin);
+      m.q_width = a.q.row;
+    }
+  }
   for (int64_t r = begin; r < end; ++r) {
-    pack_row<E>(head.query_row<const T>(a.q, r), a.d, m.q + (r - begin) * m.q_width);
+    if (!in_place) {
+      pack_row<E>(head.query_row<const T>(a.q, r), a.d, m.own_q + (r - begin) * m.q_width);
+    }
     const float sink = a.sinks == nullptr ? -HUGE_VALF : a.sinks[head.query_head(r)];
     m.maxima[r - begin] = sink;
     float* sums = m.sums + (r - begin) * kLanes;
@@ -218,7 +256,7 @@ void forward_task(const AttentionForward& f, int64_t task, float* scratch) {
       if (k0 >= head.high(r0 + rows - 1) || k0 + keys <= head.low(r0)) continue;
       const MaskEffect mask(head, k0, r0, r0 + rows);
       if (mask.most == 0) continue;
-      if (!packed) pack_keys<T>(f, m, head, k0, keys, high);
+      if (!packed) pack_keys<T>(f, m, head, k0, keys, high, end - begin);
       packed = true;
       forward_block<E>(f, m, scores, mask, r0, rows, r0 - begin, (started >> block & 1) != 0);
       started |= uint64_t{1} << block;

@@ -1,28 +1,36 @@
 // Elementary functions on vectors. Included by target.cpp after simd.h.
+#include "cpu/two.h"
+
+// What pow2 makes of a large negative power is 0 on narrow vectors; AVX-512's would keep a NaN that
+// came of -inf.
+template <class V>
+FASTLM_WORD V at_least(float low, V x) {
+  if constexpr (kLanes == 16) return vmax(set1(low), x);  // operand order: a NaN in x comes through
+  return x;
+}
 
 // e^x. Cody-Waite reduction x = n ln 2 + r, |r| <= ln 2 / 2, degree-6 polynomial (Cephes expf);
-// at most 1 ulp off; 0 below -104, +inf above 88.73, NaN stays NaN.
-FASTLM_WORD VecF vexp(VecF x) {
-  const VecF low = set1(-104.0f), high = set1(89.0f);
-  x = vmin(high, vmax(low, x));  // operand order: a NaN in x comes through
-  const VecF n = vround(x * set1(1.44269504088896341f));
-  VecF r = fma(n, set1(-0.693359375f), x);
+// at most 1 ulp off; 0 below -87.6 (AVX-512: -104), +inf above 88.37 (88.73), NaN stays NaN. The
+// polynomial's halves are summed side by side: what waits for it waits for every step.
+template <class V>
+FASTLM_WORD V vexp(V x) {
+  x = vmin(set1(89.0f), at_least(-104.0f, x));  // operand order: a NaN in x comes through
+  const V n = vround(x * set1(1.44269504088896341f));
+  V r = fma(n, set1(-0.693359375f), x);
   r = fma(n, set1(2.12194440e-4f), r);
-  VecF p = set1(1.9875691500e-4f);
-  p = fma(p, r, set1(1.3981999507e-3f));
-  p = fma(p, r, set1(8.3334519073e-3f));
-  p = fma(p, r, set1(4.1665795894e-2f));
-  p = fma(p, r, set1(1.6666665459e-1f));
-  p = fma(p, r, set1(5.0000001201e-1f));
-  p = fma(p, r * r, r) + set1(1.0f);
+  const V rr = r * r;
+  V p = fma(set1(1.9875691500e-4f), r, set1(1.3981999507e-3f));
+  p = fma(p, rr, fma(set1(8.3334519073e-3f), r, set1(4.1665795894e-2f)));
+  p = fma(p, rr, fma(set1(1.6666665459e-1f), r, set1(5.0000001201e-1f)));
+  p = fma(p, rr, r) + set1(1.0f);
   return pow2(p, n);
 }
 
 // 2^f on [-1/2, 1/2]: minimax polynomials, degree 6 good to 2e-9 relative, degree 5 to 8e-8.
-template <int kDegree>
-FASTLM_WORD VecF vpow2_fraction(VecF f) {
+template <int kDegree, class V>
+FASTLM_WORD V vpow2_fraction(V f) {
   static_assert(kDegree == 5 || kDegree == 6);
-  VecF p;
+  V p;
   if constexpr (kDegree == 6) {
     p = fma(set1(1.5345810375e-4f), f, set1(1.3399931206e-3f));
     p = fma(p, f, set1(9.6184889632e-3f));
@@ -40,24 +48,26 @@ FASTLM_WORD VecF vpow2_fraction(VecF f) {
 
 // e^x for x <= 0, as a softmax needs it: one step of reduction, whose error grows with |x| while
 // the result shrinks as e^x. About half the cost of vexp; good for x <= 88 too.
-template <int kDegree>
-FASTLM_WORD VecF vexp_falling(VecF x) {
+template <int kDegree, class V>
+FASTLM_WORD V vexp_falling(V x) {
   const VecF log2e = set1(1.44269504088896341f);
-  x = vmax(set1(-104.0f), x);  // operand order: a NaN in x comes through
-  const VecF n = vround(x * log2e);
+  x = at_least(-104.0f, x);
+  const V n = vround(x * log2e);
   return pow2(vpow2_fraction<kDegree>(fma(x, log2e, zero() - n)), n);
 }
 
-// 2^y for finite y <= 127.
-template <int kDegree>
-FASTLM_WORD VecF vexp2_falling(VecF y) {
-  if constexpr (kLanes != 16) y = vmax(set1(-150.0f), y);  // AVX-512 scales by any power
-  const VecF n = vround(y);
+// 2^y for y <= 127; at_least(-150, y) where it may be -inf.
+template <int kDegree, class V>
+FASTLM_WORD V vexp2_falling(V y) {
+  const V n = vround(y);
   return pow2(vpow2_fraction<kDegree>(y - n), n);
 }
 
 // 1 / (1 + e^-x)
-FASTLM_WORD VecF vsigmoid(VecF x) { return set1(1.0f) / (set1(1.0f) + vexp(zero() - x)); }
+template <class V>
+FASTLM_WORD V vsigmoid(V x) {
+  return set1(1.0f) / (set1(1.0f) + vexp(zero() - x));
+}
 
 // tanh x: Cephes' polynomial near zero, exponentials beyond. *slope = 1 - tanh^2, beyond from the
 // exponential too: of a tanh rounded to nearly one nothing is left.

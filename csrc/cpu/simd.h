@@ -7,7 +7,7 @@
 //   stream(p, v)         store past the caches, p aligned to the vector; stream_end() after the
 //                        last
 //   set1, zero, fma(a, b, c) = a * b + c, vmax, vmin, vabs, vsqrt, vround (to nearest even)
-//   pow2(v, n) = v * 2^n for integral n
+//   pow2(v, n) = v * 2^n for integral n <= 128; 0 below -126 (AVX-512: denormals), v NaN or not
 //   below(i, n)          mask of the lanes i + lane < n; select(mask, a, b)
 //   less(a, b)           mask; any(m) whether a lane is set
 //   reduce_add, reduce_max   in a fixed order

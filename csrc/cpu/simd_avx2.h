@@ -45,7 +45,8 @@ FASTLM_WORD VecF load(const int8_t* p, int n) {
   return load(buffer);
 }
 
-FASTLM_WORD __m128i narrow(VecF v) {
+// The bf16 of a lane, in its lower half.
+FASTLM_WORD __m256i narrow_lanes(VecF v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -53,7 +54,10 @@ FASTLM_WORD __m128i narrow(VecF v) {
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   rounded = _mm256_castps_si256(
       _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan));
-  const __m256i words = _mm256_srli_epi32(rounded, 16);
+  return _mm256_srli_epi32(rounded, 16);
+}
+FASTLM_WORD __m128i narrow(VecF v) {
+  const __m256i words = narrow_lanes(v);
   const __m256i packed = _mm256_packus_epi32(words, words);
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
@@ -69,8 +73,8 @@ FASTLM_WORD void store(fp16* p, VecF v) {
 }
 FASTLM_WORD void store(fp16* p, VecF v, int n) { store_halves(p, halve(v), n); }
 FASTLM_WORD void store_two(bf16* p, VecF a, VecF b) {
-  store(p, a);
-  store(p + kLanes, b);
+  const __m256i packed = _mm256_packus_epi32(narrow_lanes(a), narrow_lanes(b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 FASTLM_WORD void stream(float* p, VecF v) { _mm256_stream_ps(p, v); }
 FASTLM_WORD void stream(bf16* p, VecF v) {
@@ -89,15 +93,6 @@ FASTLM_WORD VecF vsqrt(VecF v) { return _mm256_sqrt_ps(v); }
 FASTLM_WORD VecF vround(VecF v) {
   return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// Two steps, so that results down to the denormals come out right.
-FASTLM_WORD VecF pow2(VecF v, VecF n) {
-  const __m256i whole = _mm256_cvtps_epi32(n);
-  const __m256i half = _mm256_srai_epi32(whole, 1);
-  const __m256i bias = _mm256_set1_epi32(127);
-  const __m256i a = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
-  const __m256i b = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
-  return v * _mm256_castsi256_ps(a) * _mm256_castsi256_ps(b);
-}
 
 FASTLM_WORD Mask less(VecF a, VecF b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 FASTLM_WORD Mask below(int64_t i, int64_t n) {
@@ -105,6 +100,13 @@ FASTLM_WORD Mask below(int64_t i, int64_t n) {
   return _mm256_castsi256_ps(first(left <= 0 ? 0 : left >= 8 ? 8 : static_cast<int>(left)));
 }
 FASTLM_WORD VecF select(Mask m, VecF a, VecF b) { return _mm256_blendv_ps(b, a, m); }
+// The sum's last bits are n + 127, which shifted up are 2^n. No denormals: five instructions, not
+// nine.
+FASTLM_WORD VecF pow2(VecF v, VecF n) {
+  const __m256i bits = _mm256_castps_si256(n + set1(12583039.0f));  // 1.5 * 2^23 + 127
+  const VecF power = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
+  return _mm256_andnot_ps(less(n, set1(-126.0f)), v * power);
+}
 
 FASTLM_WORD VecF swap_neighbours(VecF v) { return _mm256_permute_ps(v, 0xb1); }
 FASTLM_WORD bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }

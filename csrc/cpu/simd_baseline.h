@@ -103,14 +103,6 @@ FASTLM_WORD VecF vround(VecF v) {
   asm("" : "+m"(shifted));  // keeps the compiler from folding the pair away
   return shifted - magic;
 }
-// Two steps, so that results down to the denormals come out right.
-FASTLM_WORD VecF pow2(VecF v, VecF n) {
-  const Mask whole = __builtin_convertvector(n, Mask);
-  const Mask half = whole >> 1;
-  const VecF a = reinterpret_cast<VecF>((half + 127) << 23);
-  const VecF b = reinterpret_cast<VecF>((whole - half + 127) << 23);
-  return v * a * b;
-}
 
 FASTLM_WORD Mask less(VecF a, VecF b) { return a < b; }
 FASTLM_WORD Mask below(int64_t i, int64_t n) {
@@ -119,6 +111,11 @@ FASTLM_WORD Mask below(int64_t i, int64_t n) {
   return Mask{0, 1, 2, 3} < Mask{k, k, k, k};
 }
 FASTLM_WORD VecF select(Mask m, VecF a, VecF b) { return m ? a : b; }
+// The sum's last bits are n + 127, which shifted up are 2^n.
+FASTLM_WORD VecF pow2(VecF v, VecF n) {
+  const VecF power = as_float(as_bits(n + set1(12583039.0f)) << 23);  // 1.5 * 2^23 + 127
+  return select(less(n, set1(-126.0f)), zero(), v * power);
+}
 
 FASTLM_WORD VecF swap_neighbours(VecF v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2); }
 FASTLM_WORD bool any(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }

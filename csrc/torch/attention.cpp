@@ -174,17 +174,30 @@ int64_t workers_for(double multiply_adds, int64_t tasks) {
   return std::min<int64_t>(tasks, torch::stable::get_num_threads());
 }
 
+// A worker whose memory is smaller keeps it on its stack.
+constexpr int64_t kStackFloats = 16 * 1024;
+
 // Each worker takes the next task until none is left; who runs which task changes no bit.
 template <class Args>
 void run_tasks(const Args& args, int64_t tasks, int64_t workers, int64_t scratch,
                void (*kernel)(const Args&, int64_t, float*)) {
   if (tasks == 0) return;
-  const Tensor memory = empty_cpu({workers * scratch}, ScalarType::Float);
-  float* base = static_cast<float*>(memory.mutable_data_ptr());
+  const bool small = scratch <= kStackFloats;
+  std::optional<Tensor> memory;
+  if (!small) memory = empty_cpu({workers * scratch}, ScalarType::Float);
+  float* base = small ? nullptr : static_cast<float*>(memory->mutable_data_ptr());
   std::atomic<int64_t> next{0};
+  const auto take = [&](float* room) {
+    for (int64_t t = next++; t < tasks; t = next++) kernel(args, t, room);
+  };
   const auto work = [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
-      for (int64_t t = next++; t < tasks; t = next++) kernel(args, t, base + w * scratch);
+      if (small) {
+        alignas(64) float room[kStackFloats];
+        take(room);
+      } else {
+        take(base + w * scratch);
+      }
     }
   };
   if (workers <= 1) {

@@ -121,7 +121,16 @@ def plain(unsupported: Unsupported = _never, slower: Unsupported | None = None) 
 
 
 def _only_if_faster(dtype: torch.dtype, **facts: Any) -> Reasons:
-    return ["chosen only where `fastlm tune` finds it faster"]
+    return [] if facts.get("few") else ["chosen only where `fastlm tune` finds it faster"]
+
+
+def slower_for_few(dtype: torch.dtype, **facts: Any) -> Reasons:
+    """`slower` of a backend whose gradient is a Python function, which costs some 20 us a call.
+
+    The row states the fact `few` where that is more than its kernels save, PyTorch can run the
+    call, and its bits do not depend on threads either.
+    """
+    return ["so few numbers take less time than a gradient in Python"] if facts.get("few") else []
 
 
 def implementations(stem: str, device: str = "cpu") -> list[str]:
@@ -259,7 +268,8 @@ def _measurement(
     entry = measured.get(fact_text(dtype, facts), {}).get(size_class)
     if entry is not None and entry.winner not in [backend.name for backend in able]:
         entry = None
-    first = able[0].name if able[0].slower is _never else None  # else it depends on the process
+    ahead = able[0].slower is _never or (able[0].slower is slower_for_few and "few" not in facts)
+    first = able[0].name if ahead else None  # else it depends on the process or the call
     winners = (e.winner for classes in measured.values() for e in classes.values())
     return size_class, entry, _unmeasured is None and all(name == first for name in winners)
 

@@ -411,7 +411,8 @@ def _plain(
     """
     if return_lse or not q.is_cpu or is_autocast_enabled("cpu"):
         return None
-    square = q.shape[2] == k.shape[2]
+    shape = q.shape  # made anew each time
+    square = shape[2] == k.shape[2]
     key = (q.dtype, causal, square)
     backend = _chosen.get(key)
     if backend is None:
@@ -419,7 +420,7 @@ def _plain(
         backend = _choose(key, q, k, v, None, None, form, options)
     if backend != "cpu":
         return None
-    numbers = (causal, 0, q.shape[3] ** -0.5 if scale is None else scale, 0.0)
+    numbers = (causal, 0, shape[3] ** -0.5 if scale is None else scale, 0.0)
     if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, *_NONE, numbers, False, "cpu", True)
     return (_forward if is_dynamo_compiling() else _forward_direct)(q, k, v, *_NONE, *numbers)
