@@ -20,6 +20,9 @@ TRITON_INTERPRET   Triton's own: ``1`` runs its kernels in Python, slowly. The b
                    ``triton`` then serves CPU tensors too; the tests use it.
 =================  ==========================================================================
 
+Read by ``tools/compile_kernels.py`` only: ``FASTLM_RECOMPILE`` (``1``: compiles the Triton kernels
+that did not change, too).
+
 Read by the build only (``build_support/native.py``): ``FASTLM_CUDA`` (``0``, ``1``, ``auto``),
 ``FASTLM_BUILD_ISAS`` (``all``, ``native``), ``FASTLM_TORCH_DIR``, ``FASTLM_REQUIRE_NATIVE``,
 ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``CUDA_PATH``, ``NVCC_CCBIN``, ``NVCC_THREADS``, ``CXX``,

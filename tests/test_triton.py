@@ -39,9 +39,9 @@ def run(*command: str, **environment: str) -> None:
 @pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 fails with NumPy 2.4")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_in_the_interpreter(part):
-    """A few processes for all files: each pays seconds of imports."""
-    files = sorted(map(str, (ROOT / "tests" / "triton").glob("test_*.py")))[part::PARTS]
-    run("-m", "pytest", *files, "-p", "no:cacheprovider", TRITON_INTERPRET="1")
+    """A few processes for all tests: each pays seconds of imports."""
+    how = ("-p", "no:cacheprovider", f"--share={part + 1}/{PARTS}")
+    run("-m", "pytest", "tests/triton", *how, TRITON_INTERPRET="1")
 
 
 @NEEDS_TRITON

@@ -1,20 +1,26 @@
 """Compiles every Triton kernel for every architecture, without a GPU, and writes what they need.
 
     python tools/compile_kernels.py            # compare with tests/triton/registers.json
-    python tools/compile_kernels.py --write    # and write it anew
+    python tools/compile_kernels.py --write    # and write what changed
+    python tools/compile_kernels.py --anew     # compile what did not change, too
     python tools/compile_kernels.py --only norm --asm /tmp/asm
 
 The launches are those that the calls in `examples()` of each module of fastlm/triton make. The
 table holds, per launch and architecture, registers a thread, bytes spilled and bytes of shared
-memory, as the assembler reports them. It belongs to one version of Triton; with another the check
-compares no figures, only that everything compiles and spills no more.
+memory, as the assembler reports them, and a digest of all that they follow from (`digest`). What
+has the digest of the table is not compiled again, for its figures are known; --anew, or
+FASTLM_RECOMPILE=1, compiles it all the same. The table belongs to one version of Triton; with
+another everything is compiled, and no figures are compared, only that nothing spills more.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -23,13 +29,18 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
 
 import torch
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.language import constexpr
+from triton.runtime import JITFunction
 
 from fastlm.triton import _configs
 from fastlm.triton._configs import ARCHITECTURES, Config
@@ -89,14 +100,70 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(function, signature, constants, attributes)
 
 
-def compiled(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
-    """The launch's kernel for a target."""
-    options = {
-        "num_warps": launch.config.warps,
-        "num_stages": launch.config.stages,
+def options(launch: Launch) -> dict[str, object]:
+    """What the compiler is told beside the source."""
+    config = launch.config
+    return {
+        "num_warps": config.warps,
+        "num_stages": config.stages,
         "enable_fp_fusion": True,
     }
-    return triton.compile(source(launch), target=target, options=options)
+
+
+def compiled(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    """The launch's kernel for a target."""
+    return triton.compile(source(launch), target=target, options=options(launch))
+
+
+@functools.lru_cache
+def sources(function: JITFunction) -> list[str]:
+    """A kernel and all functions it calls, and the constants they read: their source.
+
+    Without the line each stands in, which Triton's own key has: a kernel that moved is the same.
+    """
+    found: dict[int, JITFunction] = {}
+    constants: set[str] = set()
+    waiting = [function]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in found:
+            continue
+        found[id(one)] = one
+        scope = inspect.getclosurevars(one.fn)
+        for name, value in {**scope.globals, **scope.nonlocals}.items():
+            if isinstance(value, JITFunction):
+                waiting.append(value)
+            elif isinstance(value, constexpr) or not hasattr(value, "__name__"):
+                constants.add(f"{one.__module__}: {name} = {value}")
+            elif not value.__name__.startswith("triton."):
+                raise TypeError(f"{one.__name__} reads {name}, of which no digest is known")
+    return sorted(f"{f.noinline} {f.src}" for f in found.values()) + sorted(constants)
+
+
+def digest(launch: Launch, target: GPUTarget) -> str:
+    """Of all that a compiled kernel's figures and instructions follow from."""
+    made, backend = source(launch), make_backend(target)
+    # the files of extern_libs lie in Triton, at a path of this machine
+    told = backend.parse_options(options(launch)).__dict__
+    parts: list[object] = [
+        sources(launch.kernel.function),
+        list(made.signature.items()),
+        sorted((key, str(value)) for key, value in made.constants.items()),
+        sorted(made.attrs.items()),
+        sorted((key, str(value)) for key, value in told.items() if key != "extern_libs"),
+        triton.__version__,
+        backend.hash(),  # architecture and version of the assembler
+        sorted(get_cache_invalidating_env_vars().items()),
+        reading(),
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache
+def reading() -> list[object]:
+    """How a compiled kernel is read here."""
+    functions = compiled, needs, _resources, checks, assembler
+    return [*map(inspect.getsource, functions), TENSOR_CORES, PRODUCT.pattern]
 
 
 def needs(made: triton.compiler.CompiledKernel) -> dict[str, int]:
@@ -191,20 +258,81 @@ def checks(label: str, arch: str, made: triton.compiler.CompiledKernel) -> list[
     if not rows:
         return []
     wanted = TENSOR_CORES[arch][max(rows) >= 64]
-    text = made.asm["amdgcn" if arch == "gfx942" else "ptx"]
-    return [] if wanted in text else [f"{label} on {arch}: no {wanted}"]
+    return [] if wanted in assembler(made) else [f"{label} on {arch}: no {wanted}"]
+
+
+FIGURES = ("registers", "spilled", "shared")
+Table = dict[str, dict[str, dict[str, Any]]]  # launch -> architecture -> what is known
+
+
+def assembler(made: triton.compiler.CompiledKernel) -> str:
+    """A kernel's text for the assembler."""
+    return made.asm["amdgcn"] if "amdgcn" in made.asm else made.asm["ptx"]
+
+
+def found_or_kept(
+    label: str,
+    arch: str,
+    launch: Launch,
+    known: dict[str, Any] | None,
+    anew: bool,
+    asm: Path | None,
+) -> tuple[dict[str, Any], list[str]]:
+    """(what a launch needs, complaints): what is known, or what its compilation shows.
+
+    Where there are complaints there is no digest: it is compiled again until there are none.
+    """
+    digested = digest(launch, TARGETS[arch])
+    if known is not None and known.get("digest") == digested and not anew:
+        return known, []
+    made = compiled(launch, TARGETS[arch])
+    complaints = checks(label, arch, made)
+    found = needs(made)
+    print(f"{arch:8}{label:60}{found}", flush=True)
+    if asm:
+        asm.mkdir(parents=True, exist_ok=True)
+        plain = re.sub(r"\W+", "_", label)
+        (asm / f"{plain}.{arch}.s").write_text(assembler(made))
+    return {**found, **({} if complaints else {"digest": digested})}, complaints
+
+
+def compare(table: Table, allowed: Table, same: bool) -> list[str]:
+    """What differs from the committed table; spills alone where it is another Triton's."""
+    complaints = []
+    for label, row in table.items():
+        for arch, found in row.items():
+            known = allowed.get(label, {}).get(arch)
+            if known is None:
+                complaints.append(f"{label} on {arch}: not in the table (--write)")
+            elif found["spilled"] > known["spilled"]:
+                complaints.append(f"{label} on {arch}: spills {found}, allowed {known}")
+            elif same and any(found[name] != known[name] for name in FIGURES):
+                complaints.append(f"{label} on {arch}: {found}, in the table {known} (--write)")
+    return complaints
+
+
+def write(table: Table, kept: Table) -> None:
+    """Writes the table, beside the rows that were not asked for."""
+    for label, row in table.items():
+        kept[label] = {**kept.get(label, {}), **row}
+    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(kept.items())]
+    body = ",\n".join(lines)
+    TABLE.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{body}\n}}}}\n')
 
 
 def main() -> int:
     """Compiles, then compares or writes; returns the number of complaints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--anew", action="store_true", help="compile what did not change, too")
     parser.add_argument("--only", default="", help="modules whose name contains this")
     parser.add_argument("--arch", choices=ARCHITECTURES, help="one architecture")
     parser.add_argument("--asm", type=Path, help="folder for the assembler texts")
     args = parser.parse_args()
     before = json.loads(TABLE.read_text()) if TABLE.exists() else {"kernels": {}}
-    table: dict[str, dict[str, dict[str, int]]] = {}
+    anew = args.anew or args.asm is not None or os.environ.get("FASTLM_RECOMPILE") == "1"
+    triton.knobs.compilation.always_compile |= anew  # whatever lies in Triton's own cache
+    table: Table = {}
     complaints: list[str] = []
     taken: set[tuple[str, str, Config]] = set()
     architectures = (args.arch,) if args.arch else ARCHITECTURES
@@ -214,40 +342,21 @@ def main() -> int:
                 found_here = launches(name, arch)
             taken |= some
             for label, launch in found_here.items():
-                made = compiled(launch, TARGETS[arch])
-                complaints += checks(label, arch, made)
-                table.setdefault(label, {})[arch] = found = needs(made)
-                print(f"{arch:8}{label:60}{found}", flush=True)
-                if args.asm:
-                    args.asm.mkdir(parents=True, exist_ok=True)
-                    text = made.asm["amdgcn" if arch == "gfx942" else "ptx"]
-                    plain = re.sub(r"\W+", "_", label)
-                    (args.asm / f"{plain}.{arch}.s").write_text(text)
+                known = before["kernels"].get(label, {}).get(arch)
+                found, wrong = found_or_kept(label, arch, launch, known, anew, args.asm)
+                table.setdefault(label, {})[arch] = found
+                complaints += wrong
     if not args.only:
         complaints += untouched(taken, architectures)
-    same = before.get("triton") == triton.__version__
-    for label, row in table.items() if not args.write else ():
-        for arch, found in row.items():
-            allowed = before["kernels"].get(label, {}).get(arch)
-            if allowed is None:
-                complaints.append(f"{label} on {arch}: not in the table (--write)")
-            elif found["spilled"] > allowed["spilled"]:
-                complaints.append(f"{label} on {arch}: spills {found}, allowed {allowed}")
-            elif same and found != allowed:
-                complaints.append(f"{label} on {arch}: {found}, in the table {allowed} (--write)")
-    if not (args.only or args.arch or args.write):
-        gone = sorted(set(before["kernels"]) - set(table))
-        complaints += [
-            f"{label}: in the table, but no example makes it (--write)" for label in gone
-        ]
     if args.write:
-        kept = before["kernels"] if args.only or args.arch else {}
-        for label, row in table.items():
-            kept[label] = {**kept.get(label, {}), **row}
-        lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(kept.items())]
-        body = ",\n".join(lines)
-        text = f'{{"triton": "{triton.__version__}", "kernels": {{\n{body}\n}}}}\n'
-        TABLE.write_text(text)
+        write(table, before["kernels"] if args.only or args.arch else {})
+    else:
+        complaints += compare(table, before["kernels"], before.get("triton") == triton.__version__)
+        if not (args.only or args.arch):
+            gone = sorted(set(before["kernels"]) - set(table))
+            complaints += [
+                f"{label}: in the table, but no example makes it (--write)" for label in gone
+            ]
     for line in complaints:
         print(line, file=sys.stderr)
     return len(complaints)

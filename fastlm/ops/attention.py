@@ -47,9 +47,6 @@ _MAX_HEAD = 256
 
 def _triton_unsupported(dtype: torch.dtype, *, form: str, options: tuple[str, ...]) -> list[str]:
     reasons = _NATIVE(dtype)
-    for option in ("gradient of mask", "gradient of alibi_slopes"):
-        if option in options:
-            reasons.append(f"makes no {option}")
     if "large head" in options:
         reasons.append(f"takes heads of at most {_MAX_HEAD} elements")
     return reasons
@@ -111,6 +108,25 @@ def _empty_gradient(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _gradients_fake(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    with_mask, with_slopes = rest[-2:]
+    asked = (mask if with_mask else None, slopes if with_slopes else None, sinks)
+    more = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in asked)
+    return *(_empty_gradient(x) for x in (q, k, v)), *more
+
+
 _forward = define(f"attention({_ARGUMENTS}) -> Tensor", lambda q, k, v, *options: _empty_out(q, v))
 _forward_direct = direct(_forward)
 _forward_lse = define(
@@ -131,16 +147,13 @@ _sinks_backward = define(
     lambda grad, grad_lse, out, lse, sinks, starts_q: torch.empty_like(sinks),
 )
 
-# -> gradients of q, k, v and, where given, the sinks
+# -> gradients of q, k, v and, where asked for (the sinks where given), mask, slopes and sinks
 _gradients = define(
     "attention_gradients(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
     " Tensor lse, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? starts_q, Tensor? starts_k,"
-    " bool causal, int window, float scale, float softcap, bool deterministic)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda grad, grad_lse, q, k, v, out, lse, mask, slopes, sinks, *rest: (
-        *(_empty_gradient(x) for x in (q, k, v)),
-        lse.new_empty(0 if sinks is None else sinks.shape),
-    ),
+    " bool causal, int window, float scale, float softcap, bool deterministic, bool with_mask,"
+    " bool with_slopes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gradients_fake,
 )
 _forward_of = by_backend("attention", _forward)
 _forward_lse_of = by_backend("attention", _forward_lse)
@@ -176,16 +189,17 @@ class _Attention(Function):
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, mask, slopes, sinks, starts_q, starts_k = ctx.saved_tensors
         if twice():
-            options = mask, slopes, starts_q, starts_k
-            return *_again(ctx, (q, k, v, sinks), options, grad, grad_lse), *(None,) * 6
+            inputs = q, k, v, mask, slopes, sinks
+            return *_again(ctx, inputs, (starts_q, starts_k), grad, grad_lse), *(None,) * 6
         if ctx.backend == "triton":
-            wanted = sinks if ctx.needs_input_grad[5] else None
-            tables = (out, lse, mask, slopes, wanted, starts_q, starts_k)
-            dq, dk, dv, dsinks = _gradients_of["triton"](
-                grad, grad_lse, q, k, v, *tables, *ctx.numbers, ctx.deterministic
+            need = ctx.needs_input_grad[3:6]
+            tables = (out, lse, mask, slopes, sinks if need[2] else None, starts_q, starts_k)
+            how = (*ctx.numbers, ctx.deterministic, *need[:2])
+            *made, dmask, dslopes, dsinks = _gradients_of["triton"](
+                grad, grad_lse, q, k, v, *tables, *how
             )
-            dsinks = None if wanted is None else dsinks
-            return dq, dk, dv, None, None, dsinks, *(None,) * 6
+            more = zip(need, (dmask, dslopes, dsinks), strict=True)
+            return *made, *(x if wanted else None for wanted, x in more), *(None,) * 6
         dq, dk, dv = _backward(
             grad, grad_lse, q, k, v, out, lse, mask, slopes, starts_q, starts_k, *ctx.numbers
         )
@@ -198,15 +212,22 @@ class _Attention(Function):
 def _again(
     ctx: Any,
     inputs: tuple[Tensor | None, ...],
-    tables: tuple[Tensor | None, ...],
+    starts: tuple[Tensor | None, ...],
     grad: Tensor,
     grad_lse: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, mask (none), slopes (none) and sinks that have gradients themselves."""
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, mask, slopes and sinks that have gradients themselves."""
     causal, window, scale, softcap = ctx.numbers
-    mask, slopes, starts_q, starts_k = tables
+    starts_q, starts_k = starts
 
-    def function(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Any:
+    def function(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Any:
         return reference.attention(
             q,
             k,
@@ -223,9 +244,7 @@ def _again(
             return_lse=True,
         )
 
-    need = *ctx.needs_input_grad[:3], ctx.needs_input_grad[5]
-    dq, dk, dv, dsinks = again(function, inputs, need, grad, grad_lse)
-    return dq, dk, dv, None, None, dsinks
+    return again(function, inputs, ctx.needs_input_grad[:6], grad, grad_lse)
 
 
 @overload
@@ -364,7 +383,7 @@ def attention(
         slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         wide = None if sinks is None else sinks.float().contiguous()
         tables = (mask, slopes, wide, cu_seqlens_q, cu_seqlens_k)
-        if needs_grad(q, k, v, sinks):
+        if needs_grad(q, k, v, mask, alibi_slopes, sinks):
             fixed = deterministic is not False or torch.are_deterministic_algorithms_enabled()
             how = (backend, fixed)
             return _Attention.apply(q, k, v, *tables, numbers, return_lse, *how)

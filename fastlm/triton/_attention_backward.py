@@ -2,11 +2,14 @@
 
 Computes   p_ij = exp(s_ij - lse_i), dv_j = sum_i p_ij g_i, ds_ij = p_ij (g_i . v_j - delta_i),
            dq_i = scale sum_j ds_ij k_j, dk_j = scale sum_i ds_ij q_i,
-           dsink = sum_i exp(sink - lse_i) (glse_i - sum_j p_ij g_i . v_j)
-           with delta_i = g_i . out_i - glse_i
-Algorithm  delta; then dk and dv by tiles of keys, each summing over the queries of all heads that
-           share it; then dq by tiles of queries. Each sum has one owner and one order: same bits
-           every time. ATOMIC adds dq from the first kernel instead: five products, not seven
+           dsink = sum_i exp(sink - lse_i) (glse_i - sum_j p_ij g_i . v_j),
+           dslope = -sum_ij ds_ij |position_i - j|, dmask_ij = ds_ij
+           with delta_i = g_i . out_i - glse_i = sum_j p_ij g_i . v_j - glse_i
+Algorithm  delta; in fp32, or with gradients of slopes or a mask, as the sum: where one p is nearly
+           1 the errors of g_i . v_j cancel in ds, and what was rounded off out does not. Then dk
+           and dv by tiles of keys, each summing over the queries of all heads that share it; then
+           dq by tiles of queries. Each sum has one owner and one order: same bits every time.
+           ATOMIC adds dq from the first kernel instead: five products, not seven
 Tile       [ full | cut ] as in the forward pass, by queries and by keys
 Traffic    q, k, v, g once a tile of the other side, mostly from L2; scores never leave the chip
 Numerics   fp32 scores and accumulators; p and ds rounded to the element type before a product
@@ -213,14 +216,15 @@ def attention_bwd_kv(
 
 @triton.jit
 def _visit_keys(
-    dq, dots, queries, g, high, low, delta, k, v, first, p, tq, tk, window, slope, unit, cap_in,
-    cap_out, mask, k_row, v_row, mask_row, mask_col,
+    dq, dots, bends, queries, g, high, low, delta, k, v, dmask, first, p, tq, tk, window, slope,
+    unit, cap_in, cap_out, mask, k_row, v_row, mask_row, mask_col,
     BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     CUT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, NATURAL: tl.constexpr,
-    FOLD: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    ALIBI: tl.constexpr, MASK: tl.constexpr, NATURAL: tl.constexpr, FOLD: tl.constexpr,
+    LOW: tl.constexpr, DOTS: tl.constexpr, DELTA: tl.constexpr, DSLOPES: tl.constexpr,
+    DMASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: (dq, row sums of p_ij g_i . v_j) go on."""
+    """One tile of keys: (dq, row sums of p_ij g_i . v_j, of ds_ij |position_i - j|) go on."""
     keys = load(k, first, k_row, tk, BN, D, BD, CUT)
     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     j = first + tl.arange(0, BN)[None, :]
@@ -231,18 +235,25 @@ def _visit_keys(
     weights = _weights(s, high[:, None], low[:, None], unit, NATURAL, FOLD, LOW)
     values = load(v, first, v_row, tk, BN, DV, BDV, CUT)
     ds = tl.dot(g, tl.trans(values), input_precision=PRECISION)
-    if SINKS:
+    if DOTS:
         dots += tl.sum(weights * ds, 1)
-    ds = weights * (ds - delta[:, None])
-    if SOFTCAP:
-        ds *= 1.0 - t * t
-    return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION), dots
+    if not DELTA:
+        ds = weights * (ds - delta[:, None])
+        if DSLOPES:
+            bends += tl.sum(ds * tl.abs((p[:, None] - j).to(tl.float32)), 1)
+        if DMASK:
+            i = (p - (tk - tq)).to(tl.int64)[:, None]
+            tl.store(dmask + i * tk + j, ds, mask=(i < tq) & (j < tk))
+        if SOFTCAP:
+            ds *= 1.0 - t * t
+        dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+    return dq, dots, bends
 
 
 @kernel(do_not_specialize=UNSPECIALIZED)
 def attention_bwd_q(
-    q, k, v, grad, grad_lse, lse, delta, dq, dsinks, mask, tiles, counts, slopes, sinks, starts_q,
-    starts_k,
+    q, k, v, grad, grad_lse, lse, delta, dq, dsinks, dslopes, dmask, mask, tiles, counts, slopes,
+    sinks, starts_q, starts_k,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     grad_batch, grad_head, grad_row, glse_batch, glse_head, glse_row, dq_batch, dq_head, dq_row,
     lse_batch, lse_head, lse_part,
@@ -253,8 +264,11 @@ def attention_bwd_q(
     BD: tl.constexpr, BDV: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
     MASK: tl.constexpr, NATURAL: tl.constexpr, FOLD: tl.constexpr, LOW: tl.constexpr,
-    GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    GRAD_LSE: tl.constexpr, DELTA: tl.constexpr, DSLOPES: tl.constexpr, DMASK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """DELTA: makes delta as the sum, and nothing else; LOW: delta was made so."""
+    DOTS: tl.constexpr = DELTA or (SINKS and not LOW)
     pid = tl.program_id(0)
     tile = num_tiles - 1 - pid % num_tiles
     head = pid // num_tiles % heads
@@ -267,13 +281,16 @@ def attention_bwd_q(
             return
         q += begin_q * q_row
         grad += begin_q * grad_row
-        dq += begin_q * dq_row
+        if not DELTA:
+            dq += begin_q * dq_row
         if GRAD_LSE:
             grad_lse += begin_q * glse_row
         lse += begin_q
         delta += begin_q
         if SINKS:
             dsinks += begin_q
+        if DSLOPES:
+            dslopes += begin_q
         k += begin_k * k_row
         v += begin_k * v_row
         wide = batch.to(tl.int64) * 0
@@ -283,10 +300,11 @@ def attention_bwd_q(
     head_k = (head // groups).to(tl.int64)
     k += wide * k_batch + head_k * k_head
     v += wide * v_batch + head_k * v_head
-    dq += wide * dq_batch + head_wide * dq_head
     rows = wide * lse_batch + head_wide * lse_head
     if MASK > 0:
         mask += wide * mask_batch + head_wide * mask_head
+    if DMASK:
+        dmask += (wide * heads + head_wide) * tq * tk
     factor: tl.constexpr = 1.0 if NATURAL else LOG2E
     slope = 0.0
     if ALIBI:
@@ -299,52 +317,74 @@ def attention_bwd_q(
     grad += wide * grad_batch + head_wide * grad_head
     g = load(grad, row, grad_row, tq, BM, DV, BDV, True)
     upper, lost = _lse(lse + rows, lse_part, i, tq, NATURAL, LOW)
-    deltas = tl.load(delta + rows + i, mask=i < tq, other=0.0)
     total = tl.zeros([BM, BD], tl.float32)
     dots = tl.zeros([BM], tl.float32)
+    bends = tl.zeros([BM], tl.float32)
+    deltas = dots if DELTA else tl.load(delta + rows + i, mask=i < tq, other=0.0)
     low, full_low, full_high, high = keys_of(row, tq, tk, window, BM, BN, CAUSAL, WINDOW)
     if MASK > 0:
         slot = (wide * tiles_batch + head_wide * tiles_head) * num_tiles + tile
         for n in range(0, tl.load(counts + slot)):
             first = tl.load(tiles + slot * num_columns + n) * BN
-            total, dots = _visit_keys(
-                total, dots, queries, g, upper, lost, deltas, k, v, first, p, tq, tk, window,
-                slope, unit, cap_in, cap_out, mask, k_row, v_row, mask_row, mask_col, BN, D, DV,
-                BD, BDV, True, CAUSAL, WINDOW, SOFTCAP, ALIBI, SINKS, MASK, NATURAL, FOLD, LOW,
-                PRECISION,
+            total, dots, bends = _visit_keys(
+                total, dots, bends, queries, g, upper, lost, deltas, k, v, dmask, first, p, tq, tk,
+                window, slope, unit, cap_in, cap_out, mask, k_row, v_row, mask_row, mask_col, BN, D,
+                DV, BD, BDV, True, CAUSAL, WINDOW, SOFTCAP, ALIBI, MASK, NATURAL, FOLD, LOW, DOTS,
+                DELTA, DSLOPES, DMASK, PRECISION,
             )  # fmt: skip
     else:
         if WINDOW:
             for first in range(low, tl.minimum(full_low, high), BN):
-                total, dots = _visit_keys(
-                    total, dots, queries, g, upper, lost, deltas, k, v, first, p, tq, tk, window,
-                    slope, unit, cap_in, cap_out, mask, k_row, v_row, mask_row, mask_col, BN, D,
-                    DV, BD, BDV, True, CAUSAL, WINDOW, SOFTCAP, ALIBI, SINKS, MASK, NATURAL,
-                    FOLD, LOW, PRECISION,
+                total, dots, bends = _visit_keys(
+                    total, dots, bends, queries, g, upper, lost, deltas, k, v, dmask, first, p, tq,
+                    tk, window, slope, unit, cap_in, cap_out, mask, k_row, v_row, mask_row,
+                    mask_col, BN, D, DV, BD, BDV, True, CAUSAL, WINDOW, SOFTCAP, ALIBI, MASK,
+                    NATURAL, FOLD, LOW, DOTS, DELTA, DSLOPES, DMASK, PRECISION,
                 )  # fmt: skip
         for first in range(full_low, full_high, BN):
-            total, dots = _visit_keys(
-                total, dots, queries, g, upper, lost, deltas, k, v, first, p, tq, tk, window,
-                slope, unit, cap_in, cap_out, mask, k_row, v_row, mask_row, mask_col, BN, D, DV,
-                BD, BDV, False, CAUSAL, WINDOW, SOFTCAP, ALIBI, SINKS, MASK, NATURAL, FOLD, LOW,
-                PRECISION,
+            total, dots, bends = _visit_keys(
+                total, dots, bends, queries, g, upper, lost, deltas, k, v, dmask, first, p, tq, tk,
+                window, slope, unit, cap_in, cap_out, mask, k_row, v_row, mask_row, mask_col, BN, D,
+                DV, BD, BDV, False, CAUSAL, WINDOW, SOFTCAP, ALIBI, MASK, NATURAL, FOLD, LOW, DOTS,
+                DELTA, DSLOPES, DMASK, PRECISION,
             )  # fmt: skip
         for first in range(full_high, high, BN):
-            total, dots = _visit_keys(
-                total, dots, queries, g, upper, lost, deltas, k, v, first, p, tq, tk, window,
-                slope, unit, cap_in, cap_out, mask, k_row, v_row, mask_row, mask_col, BN, D, DV,
-                BD, BDV, True, CAUSAL, WINDOW, SOFTCAP, ALIBI, SINKS, MASK, NATURAL, FOLD, LOW,
-                PRECISION,
+            total, dots, bends = _visit_keys(
+                total, dots, bends, queries, g, upper, lost, deltas, k, v, dmask, first, p, tq, tk,
+                window, slope, unit, cap_in, cap_out, mask, k_row, v_row, mask_row, mask_col, BN, D,
+                DV, BD, BDV, True, CAUSAL, WINDOW, SOFTCAP, ALIBI, MASK, NATURAL, FOLD, LOW, DOTS,
+                DELTA, DSLOPES, DMASK, PRECISION,
             )  # fmt: skip
-    store(dq, row, dq_row, tq, total * scale, BM, D, BD)
-    if SINKS:
-        if GRAD_LSE:
-            at = grad_lse + wide * glse_batch + head_wide * glse_head + i.to(tl.int64) * glse_row
-            dots -= tl.load(at, mask=i < tq, other=0.0).to(tl.float32)
-        sink = tl.load(sinks + head) * factor
-        away = sink - upper
-        lost += (upper + (away - sink)) - (sink - (away - (away - sink)))  # and by this rounding
-        weights = power(away, NATURAL)
-        if LOW:
-            weights -= weights * tl.where(weights == 0.0, 0.0, lost)  # infinities
-        tl.store(dsinks + rows + i, -dots * weights, mask=i < tq)
+    if GRAD_LSE and DOTS:
+        at = grad_lse + wide * glse_batch + head_wide * glse_head + i.to(tl.int64) * glse_row
+        dots -= tl.load(at, mask=i < tq, other=0.0).to(tl.float32)
+    if DELTA:
+        tl.store(delta + rows + i, dots, mask=i < tq)
+    else:
+        store(dq + wide * dq_batch + head_wide * dq_head, row, dq_row, tq, total * scale, BM, D, BD)
+        if DSLOPES:
+            tl.store(dslopes + rows + i, -bends, mask=i < tq)
+        if SINKS:
+            sink = tl.load(sinks + head) * factor
+            away = sink - upper
+            # and by this rounding
+            lost += (upper + (away - sink)) - (sink - (away - (away - sink)))
+            weights = power(away, NATURAL)
+            if LOW:
+                weights -= weights * tl.where(weights == 0.0, 0.0, lost)  # infinities
+            dots = dots if DOTS else deltas
+            tl.store(dsinks + rows + i, -dots * weights, mask=i < tq)
+
+
+@kernel(do_not_specialize=("total",))
+def sequence_sums(x, y, starts, total, heads, BLOCK: tl.constexpr):
+    """Sums [N, heads] of x [heads, total] over the rows of each of N packed sequences."""
+    pid = tl.program_id(0)
+    n, head = pid // heads, pid % heads
+    first, last = tl.load(starts + n), tl.load(starts + n + 1)
+    x += head.to(tl.int64) * total
+    sums = tl.zeros([BLOCK], tl.float32)
+    for at in range(first, last, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        sums += tl.load(x + i, mask=i < last, other=0.0)
+    tl.store(y + pid, tl.sum(sums, 0))

@@ -14,13 +14,14 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or "triton" not in ops.implementations("attention", "cuda"),
     reason="needs a GPU and Triton",
 )
+DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = [n for n in ops.implementations("attention", "cuda") if n not in ("torch", "reference")]
 
 
 def heads(batch, count, rows, size, dtype):
     """[B, H, T, D] in the memory of [B, T, H, D], as projections make it."""
-    return torch.randn(batch, rows, count, size, device="cuda").to(dtype).transpose(1, 2)
+    return torch.randn(batch, rows, count, size, device=DEVICE).to(dtype).transpose(1, 2)
 
 
 def hidden(q, k, causal, window):
@@ -74,20 +75,20 @@ def test_matches_float64(backend, dtype, shape, options):
         )
 
 
-def given(name):
-    """Options by name for 2 sequences of 8 heads, 70 queries and 150 keys."""
+def given(name, queries, keys):
+    """Options by name for 2 sequences of 8 heads."""
     options = {"causal": "causal" in name}
     if "softcap" in name:
         options["softcap"] = 5.0
     if "slopes" in name:
-        options["alibi_slopes"] = torch.rand(2, 8, device="cuda")
+        options["alibi_slopes"] = torch.rand(2, 8, device=DEVICE)
     if "window" in name:
         options["window"] = 40
     if "padding" in name:
-        start = torch.tensor([0, 66], device="cuda").view(2, 1, 1, 1)
-        options["mask"] = torch.arange(150, device="cuda") >= start
+        start = torch.tensor([0, keys // 2], device=DEVICE).view(2, 1, 1, 1)
+        options["mask"] = torch.arange(keys, device=DEVICE) >= start
     if "added" in name:
-        options["mask"] = torch.randn(8, 70, 150, device="cuda")
+        options["mask"] = torch.randn(8, queries, keys, device=DEVICE)
     return options
 
 
@@ -96,11 +97,11 @@ def given(name):
     "name",
     ["softcap", "causal slopes", "sinks", "window", "padding", "added", "causal padding all"],
 )
-def test_options_match_float64(dtype, name):
+def test_options_match_float64(dtype, name, queries=70, keys=150, draws=None):
     if "all" in name:
         name += " softcap slopes sinks window"
-    options = given(name)
-    inputs = [heads(2, 8, 70, 64, dtype), *(heads(2, 2, 150, 64, dtype) for _ in "kv")]
+    options = given(name, queries, keys)
+    inputs = [heads(2, 8, queries, 64, dtype), *(heads(2, 2, keys, 64, dtype) for _ in "kv")]
 
     def by(where):
         def run(q, k, v, sinks=None):
@@ -109,8 +110,27 @@ def test_options_match_float64(dtype, name):
         return run
 
     with ops.use_backend("triton"):
-        sinks = [torch.randn(8, device="cuda")] if "sinks" in name else []
-        check(by(ops), by(reference), by(reference), [*inputs, *sinks])
+        sinks = [torch.randn(8, device=DEVICE)] if "sinks" in name else []
+        check(by(ops), by(reference), by(reference), [*inputs, *sinks], draws=draws)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", ["whole", "heads", "hidden"])
+def test_gradients_of_slopes_and_masks(dtype, masked, queries=70, keys=150, draws=None):
+    inputs = [heads(2, 8, queries, 64, dtype), *(heads(2, 2, keys, 64, dtype) for _ in "kv")]
+    shape = {"whole": (2, 8, queries, keys), "heads": (8, 1, keys), "hidden": (queries, keys)}
+    mask = torch.randn(shape[masked], device=DEVICE)
+    if masked == "hidden":
+        mask[:, keys // 3 :] = -torch.inf
+    inputs += [torch.rand(8, device=DEVICE), mask]
+
+    def by(where):
+        return lambda q, k, v, slopes, mask: where.attention(
+            q, k, v, causal=True, alibi_slopes=slopes, mask=mask
+        )
+
+    with ops.use_backend("triton"):
+        check(by(ops), by(reference), by(reference), inputs, draws=draws)
 
 
 def test_heads_that_share_a_tile_change_no_bit(monkeypatch):
@@ -146,11 +166,11 @@ def test_unordered_sums_are_near_the_ordered_ones():
 
 def test_packed_sequences_and_sparse_masks_equal_single_ones():
     lengths = torch.tensor([0, 300, 1, 129, 700])
-    starts = F.pad(lengths.cumsum(0), (1, 0)).int().cuda()
-    q, k, v = (torch.randn(1130, n, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 2, 2))
+    starts = F.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
+    q, k, v = (torch.randn(1130, n, 64, device=DEVICE, dtype=torch.bfloat16) for n in (8, 2, 2))
     packed = gradients((q, k, v), causal=True, cu_seqlens_q=starts)
     rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    names = torch.repeat_interleave(torch.arange(5), lengths).cuda()
+    names = torch.repeat_interleave(torch.arange(5), lengths).to(DEVICE)
     mask = (names[:, None] == names) & hidden(rows[0], rows[1], True, None)
     masked = gradients(rows, mask=mask)
     for a, b in zip(packed, masked, strict=True):
@@ -176,8 +196,8 @@ def test_graph_capture(backward):
 def test_more_than_two_to_the_31_elements():
     """The last head lies beyond 2^31 elements; so do its outputs."""
     rows = 2**20 + 5
-    q = torch.empty(1, 33, rows, 64, device="cuda", dtype=torch.bfloat16)
-    q[:, -1] = torch.randn(1, rows, 64, device="cuda", dtype=torch.bfloat16)
+    q = torch.empty(1, 33, rows, 64, device=DEVICE, dtype=torch.bfloat16)
+    q[:, -1] = torch.randn(1, rows, 64, device=DEVICE, dtype=torch.bfloat16)
     with ops.use_backend("triton"):
         out = ops.attention(q, q, q, causal=True, window=64)
         last = q[:, -1:].contiguous()
@@ -188,10 +208,10 @@ def test_more_than_two_to_the_31_elements():
 @pytest.mark.parametrize("shape", [(4, 32, 8, 1, 4096, 128), (2, 12, 2, 4, 777, 80)], ids=str)
 def test_decode(dtype, shape):
     batch, hq, hkv, tq, keys, d = shape
-    lengths = torch.randint(tq, keys + 1, (batch,), device="cuda")
+    lengths = torch.randint(tq, keys + 1, (batch,), device=DEVICE)
     inputs = [heads(batch, hq, tq, d, dtype), *(heads(batch, hkv, keys, d, dtype) for _ in "kv")]
-    position = lengths[:, None] - tq + torch.arange(tq, device="cuda")
-    seen = torch.arange(keys, device="cuda") <= position[..., None]
+    position = lengths[:, None] - tq + torch.arange(tq, device=DEVICE)
+    seen = torch.arange(keys, device=DEVICE) <= position[..., None]
 
     def baseline(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=True)

@@ -14,6 +14,7 @@ def prepare() -> None:
     _multiply_exactly()
     _patch_once()
     _keep_types()
+    _match_at_once()
     _watch_overflow()
 
 
@@ -144,6 +145,68 @@ def _keep_types() -> None:
     core.block_type.__init__ = block_type
     core.tensor.__init__ = tensor
     interpreter._get_np_dtype = get_np_dtype
+
+
+def _match_at_once() -> None:
+    """Two operands of one type, or a tensor and a number of its kind, need no rules of promotion.
+
+    Whatever else there may be goes Triton's way.
+    """
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime.interpreter import TensorHandle
+
+    tensor = tl.core.tensor
+    match, broadcast = (
+        TritonSemantic.binary_op_type_checking_impl,
+        TritonSemantic.broadcast_impl_value,
+    )
+    plain = {id(tl.float32), id(tl.int32), id(tl.int64)}  # pointers have no hash
+    constants: dict = {}
+
+    def constant(self, value, dtype):
+        key = type(value), value, dtype.name
+        found = constants.get(key)
+        if found is None:
+            found = constants[key] = self.scalar_constant(value, dtype)
+        return found
+
+    def fits(value, dtype):
+        if dtype is tl.float32:
+            return type(value) in (int, float) and value == value
+        return type(value) is int and -(2**31) <= value < 2**31
+
+    def binary_op_type_checking_impl(self, lhs, rhs, *rules, **more):
+        left, right = type(lhs) is tensor, type(rhs) is tensor
+        if left and right:
+            if lhs.dtype is rhs.dtype and id(lhs.dtype) in plain:
+                return self.broadcast_impl_value(lhs, rhs)
+        elif left and id(lhs.dtype) in plain and fits(rhs, lhs.dtype):
+            return self.broadcast_impl_value(lhs, constant(self, rhs, lhs.dtype))
+        elif right and id(rhs.dtype) in plain and fits(lhs, rhs.dtype):
+            return self.broadcast_impl_value(constant(self, lhs, rhs.dtype), rhs)
+        return match(self, lhs, rhs, *rules, **more)
+
+    def spread(x, like):
+        """A scalar as a block: its one element again and again."""
+        type = like.with_element_ty(x.type.scalar)
+        data, sizes = x.handle.data, like.shape.values
+        data = np.ndarray(sizes, data.dtype, data, 0, (0,) * len(sizes))
+        return tensor(TensorHandle(data, x.handle.dtype), type)
+
+    def broadcast_impl_value(self, lhs, rhs):
+        a, b = lhs.type, rhs.type
+        if a.is_block():
+            if not b.is_block():
+                return lhs, spread(rhs, a)
+            if a.shape.values == b.shape.values:
+                return lhs, rhs
+        elif b.is_block():
+            return spread(lhs, b), rhs
+        return broadcast(self, lhs, rhs)
+
+    TritonSemantic.binary_op_type_checking_impl = binary_op_type_checking_impl
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
 
 
 def _watch_overflow() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -171,3 +172,29 @@ def test_the_command(tool, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tool.main(["--help"])
     assert "python tools/tune.py --only norm+rope --dry-run" in capsys.readouterr().out
+
+
+def test_what_the_command_writes_is_read_with_the_package(tool, small, tmp_path, monkeypatch):
+    """The whole way, with a stub for the GPU and for the clock."""
+    timer, _ = fake({"8 warps": 0.5})
+    tune = tool.tune
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a stub")
+    monkeypatch.setattr(_configs, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tool, "on_gpu", lambda seconds: timer)
+    on_cpu = lambda rows, timer, _, dtype, most: tune(rows, timer, "cpu", dtype, most)  # noqa: E731
+    monkeypatch.setattr(tool, "tune", on_cpu)
+    file = tmp_path / "tuned.json"
+    assert tool.main(["--only", "rope", "--most", "4", "--out", str(file)]) == 0
+    assert json.loads(file.read_text())["sm_90"]["device"] == "a stub"
+
+    # the module that reads the file beside it, as the package's does
+    copy = tmp_path / "_configs.py"
+    copy.write_text(Path(_configs.__file__).read_text())
+    spec = importlib.util.spec_from_file_location("copied_configs", copy)
+    read = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(read)
+    before = _configs.select("rope", 64, 0)
+    assert read._select("rope", 64, "sm_90") == (before.tile, 8, before.stages)
+    assert read._select("rope", 64, "sm_80") == before
+    assert read._select("norm", 64, "sm_90") == _configs.select("norm", 64, 0)
