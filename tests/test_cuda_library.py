@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -121,3 +122,39 @@ def test_loads_without_a_gpu_registers_every_operator_and_is_chosen(package):
     assert set(said["first"]) == {"cuda"} and len(said["first"]) >= 9  # every row with a binding
     assert said["info"] == "loaded"
     assert (said["chosen"], said["device"], said["shape"]) == ("cuda", "cuda:0", [4, 64])
+
+
+def test_a_function_of_pytorch_is_found_that_no_scope_holds(tmp_path):
+    """Python loads PyTorch without RTLD_GLOBAL: a weak symbol finds none of its CUDA functions."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    (tmp_path / "torch.cpp").write_text('extern "C" int get_stream() { return 7; }')
+    (tmp_path / "ours.cpp").write_text(
+        '#include "torch/cuda/stream.h"\n'
+        'extern "C" __attribute__((weak)) int get_stream();\n'
+        'extern "C" bool by_weak_symbol() { return get_stream != nullptr; }\n'
+        'extern "C" int by_name() {\n'
+        '  void* f = fastlm::cuda::loaded_symbol("libmade_up.so", "get_stream");\n'
+        "  return f == nullptr ? -1 : reinterpret_cast<int (*)()>(f)();\n"
+        "}\n"
+    )
+    for name, source in (("libmade_up.so", "torch.cpp"), ("ours.so", "ours.cpp")):
+        command = [
+            "g++",
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            f"-I{ROOT / 'csrc'}",
+            "-o",
+            name,
+            source,
+        ]
+        command += [f"-Wl,-soname,{name}"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+    torch = "torch = ctypes.CDLL('./libmade_up.so'); "
+    ours = "import ctypes; {}ours = ctypes.CDLL('./ours.so'); "
+    ours += "print(ours.by_weak_symbol(), ours.by_name())"
+    for loaded, said in (("", ["0", "-1"]), (torch, ["0", "7"])):
+        command = [sys.executable, "-c", ours.format(loaded)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.split() == said, done.stderr
