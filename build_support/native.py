@@ -327,6 +327,11 @@ def cuda_bindings() -> list[Path]:
     return sorted((ROOT / "csrc/torch/cuda").glob("*.cpp"))
 
 
+def objects_folder() -> Path:
+    """Where objects stay, so that a second build is a no-op."""
+    return ROOT / f"build/native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+
+
 def _cuda_library(ninja: Ninja, cuda: Path, outdir: Path, libs: str) -> Path:
     """Rules for fastlm/_cuda.so: torch-free kernels and one stable-ABI binding per folder.
 
@@ -352,3 +357,12 @@ def _cuda_library(ninja: Ninja, cuda: Path, outdir: Path, libs: str) -> Path:
     library = outdir / "_cuda.so"
     ninja.link(library, objects, f"{libs} -L{cuda}/lib64 -lcudart_static -ldl -lrt -lpthread")
     return library
+
+
+if __name__ == "__main__":  # in place, without setuptools
+    try:
+        build(ROOT / "fastlm", str(sysconfig.get_config_var("EXT_SUFFIX")), objects_folder())
+    except BuildError as error:
+        raise SystemExit(f"fastlm: {error}") from error
+    except subprocess.CalledProcessError:
+        raise SystemExit("fastlm: the compiler's message is above") from None
