@@ -4,7 +4,6 @@ import filecmp
 import os
 import shutil
 import sys
-import sysconfig
 import warnings
 from pathlib import Path
 
@@ -23,9 +22,8 @@ class NativeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         suffix = target.name.removeprefix("_C")
         # Objects stay in the source tree whatever pip does, so that a second build is a no-op.
-        objects = ROOT / f"build/native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         try:
-            native.build(target.parent, suffix, objects)
+            native.build(target.parent, suffix, native.objects_folder())
         except native.NoCompiler as missing:
             if os.environ.get("FASTLM_REQUIRE_NATIVE") == "1":
                 raise SystemExit(f"fastlm: {missing}") from missing

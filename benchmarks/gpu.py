@@ -31,6 +31,7 @@ from benchmarks.gpu_timing import Clock, Variant, clock_of, interleave
 from benchmarks.machine import Limits
 from benchmarks.session import line
 from fastlm import ops
+from fastlm.ops import _registry
 
 LONGEST = 75  # seconds a case may take before it is given up
 
@@ -106,6 +107,7 @@ def run_case(case: GpuCase, clock: Clock, limits: Limits | None, plan: Plan, slo
         work = build(chosen, plan.device)
         variants, failed = _variants(case, chosen, work, clock, plan, slow)
         with torch.set_grad_enabled(chosen.backward):
+            known = _class(chosen.op, variants["ours"])
             times, host = interleave(clock, variants, plan.seconds)
     except Exception as error:
         _give_up_if_broken(clock, error)
@@ -113,9 +115,22 @@ def run_case(case: GpuCase, clock: Clock, limits: Limits | None, plan: Plan, slo
     floor = limits.floor_us(chosen.dtype, chosen.bytes, chosen.flops, True) if limits else 0.0
     record = _record(case, Outcome(chosen, "timed", "", backend, times, floor))
     record["host_us"] = {name: float(f"{us:.4g}") for name, us in host.items()}
+    if known:
+        record["class"] = known
     if failed:
         record["failed"] = failed
     return record
+
+
+def _class(op: str, ours: Variant) -> dict | None:
+    """Under which names the chooser's table knows this call, and who can run it in its order."""
+    with _registry.unmeasured(again=True) as met:
+        ours.call()
+    for verdict in met:  # an operator may ask others
+        if verdict.stem == op:
+            facts = _registry.fact_text(verdict.dtype, verdict.facts)
+            return {"facts": facts, "sizes": verdict.sizes, "able": list(verdict.able)}
+    return None
 
 
 def build(case: Case, device: str) -> Work:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastlm.ops import _measured
+
 FIRST = ("eager", "compile", "cudnn", "flash", "flex", "liger")  # columns, where there are any
 
 
@@ -30,6 +32,39 @@ def fastest(content: dict) -> list[dict]:
         facts = {key: case[key] for key in ("op", "shape", "dtype", "direction")}
         found.append({**facts, "order": order, "us": {name: times[name] for name in order}})
     return found
+
+
+def table(content: dict) -> dict:
+    """A section of the chooser's table: the winner per class of calls, for GPUs of this name.
+
+    Where several cases are of one class, their mean times decide. ValueError for results that
+    were not measured on a GPU, or hold no class of which several implementations were timed.
+    """
+    facts, versions = content["machine"], content["versions"]
+    if not facts.get("gpu") or not facts.get("capability"):
+        raise ValueError("not measured on a GPU: the machine of the results has none")
+    met: dict[tuple[str, str, str], list[dict]] = {}
+    for case in content["cases"]:
+        if case["status"] == "timed" and case.get("class"):
+            met.setdefault((case["op"], case["class"]["facts"], case["class"]["sizes"]), []).append(
+                case
+            )
+    verdicts: dict[str, dict[str, dict[str, dict]]] = {}
+    for (op, name, sizes), cases in met.items():
+        times = [{n: t["median"] for n, t in case["times_us"].items()} for case in cases]
+        able = [n for n in cases[0]["class"]["able"] if all(n in us for us in times)]
+        if len(able) < 2:
+            continue
+        us = {n: float(f"{sum(each[n] for each in times) / len(times):.4g}") for n in able}
+        shape = ", ".join(case["shape"] for case in cases)
+        entry = _measured.Entry(_measured.winner(us), us, shape, content["date"][:10])
+        verdicts.setdefault(op, {}).setdefault(name, {})[sizes] = entry.stored()
+    if not verdicts:
+        raise ValueError("no class of calls of which several implementations were timed")
+    named = ", ".join(f"{n} {versions[n]}" for n in ("torch", "cuda", "triton") if n in versions)
+    note = f"measured on {facts['gpu']} with {named}, commit {content['commit']}"
+    key = _measured.for_gpu(facts["gpu"], facts["capability"])
+    return {"for": key, "note": note, "verdicts": verdicts}
 
 
 def _origin(content: dict) -> str:

@@ -352,6 +352,21 @@ def build(outdir: Path, ext_suffix: str, tmp: Path, *, only: str | None = None) 
     return written
 
 
+def cuda_kernels() -> list[Path]:
+    """The files of csrc/cuda, those that take longest first."""
+    return sorted((ROOT / "csrc/cuda").glob("*.cu"), key=lambda file: -file.stat().st_size)
+
+
+def cuda_bindings() -> list[Path]:
+    """The files of csrc/torch/cuda."""
+    return sorted((ROOT / "csrc/torch/cuda").glob("*.cpp"))
+
+
+def objects_folder() -> Path:
+    """Where objects stay, so that a second build is a no-op."""
+    return ROOT / f"build/native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+
+
 def _cuda_library(ninja: Ninja, cuda: Path, outdir: Path, libs: str) -> Path:
     """Rules for fastlm/_cuda.so: torch-free kernels and one stable-ABI binding per folder.
 
@@ -370,11 +385,19 @@ def _cuda_library(ninja: Ninja, cuda: Path, outdir: Path, libs: str) -> Path:
     flags += " ".join(archs)
     ninja.lines += [f"nvcc = {nvcc}", f"nvflags = {flags}"]
     ninja.rule("cuda", "$nvcc -MMD -MF $out.d $nvflags -c $in -o $out")
-    kernels = sorted((csrc / "cuda").glob("*.cu"), key=lambda file: -file.stat().st_size)
-    objects = [ninja.build("cuda", kernel, f"{kernel.stem}.cu.o") for kernel in kernels]
+    objects = [ninja.build("cuda", kernel, f"{kernel.stem}.cu.o") for kernel in cuda_kernels()]
     extra = f"-DUSE_CUDA -isystem {cuda / 'include'}"
-    for binding in sorted((csrc / "torch/cuda").glob("*.cpp")):
+    for binding in cuda_bindings():
         objects.append(ninja.build("cxx", binding, f"{binding.stem}.cuda.o", extra=extra))
     library = outdir / "_cuda.so"
     ninja.link(library, objects, f"{libs} -L{cuda}/lib64 -lcudart_static -ldl -lrt -lpthread")
     return library
+
+
+if __name__ == "__main__":  # in place, without setuptools
+    try:
+        build(ROOT / "fastlm", str(sysconfig.get_config_var("EXT_SUFFIX")), objects_folder())
+    except BuildError as error:
+        raise SystemExit(f"fastlm: {error}") from error
+    except subprocess.CalledProcessError:
+        raise SystemExit("fastlm: the compiler's message is above") from None

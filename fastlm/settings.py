@@ -14,8 +14,9 @@ FASTLM_QUIET       ``1`` silences the one warning given when no native kernels a
 FASTLM_TUNE        ``1``: the first call of each class of calls that no table holds times the
                    implementations that can run it and keeps the winner (`fastlm.tune`).
 FASTLM_TUNE_FILE   Where the table of measured winners lies (``fastlm tune``); ``none``: no table
-                   is read or written. By default ``fastlm/tuned.json`` in XDG_CACHE_HOME, which
-                   is ``~/.cache`` where it is not set.
+                   is read or written, nor those read that come with the package for some GPUs.
+                   By default ``fastlm/tuned.json`` in XDG_CACHE_HOME, which is ``~/.cache`` where
+                   it is not set.
 TRITON_INTERPRET   Triton's own: ``1`` runs its kernels in Python, slowly. The backend
                    ``triton`` then serves CPU tensors too; the tests use it.
 =================  ==========================================================================

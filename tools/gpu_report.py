@@ -3,12 +3,14 @@
 python tools/gpu_report.py gpu-results                 # stages, tests, figures
 python tools/gpu_report.py gpu-results --fastest       # JSON: what is fastest per case
 python tools/gpu_report.py gpu-results --keep          # the figures into benchmarks/results/
+python tools/gpu_report.py gpu-results --table         # the winners into fastlm/ops/gpus/
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_report, machine, results_file  # noqa: E402
+from fastlm.ops import _measured  # noqa: E402
 
 
 def stages(folder: Path) -> str:
@@ -72,20 +75,42 @@ def decoding(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def write_table(bench: Path, content: dict, folder: Path) -> Path:
+    """Writes the chooser's table of the GPU that was measured; ValueError where there is none."""
+    try:
+        section = gpu_report.table(content)
+    except (AttributeError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{bench}: a result file that is damaged: {what}") from None
+    except ValueError as error:
+        raise ValueError(f"{bench}: {error}") from None
+    name = re.sub(r"[^a-z0-9]+", "-", section["for"]["GPU"].lower()).strip("-")
+    path = folder / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    _measured.write(path, [section])
+    return path
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what is there."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--fastest", action="store_true", help="JSON for the chooser's table")
+    parser.add_argument("--fastest", action="store_true", help="JSON: what is fastest per case")
     parser.add_argument("--keep", action="store_true", help="copy into benchmarks/results/")
+    add = parser.add_argument
+    add("--table", action="store_true", help="the table that the chooser reads on such GPUs")
+    add("--into", type=Path, default=_measured.SHIPPED, help="the folder of --table")
     args = parser.parse_args(argv)
     bench = args.folder / "bench.json"
     try:
         content = results_file.read(bench) if bench.exists() else None
-        if content is None and (args.fastest or args.keep):
+        if content is None and (args.fastest or args.keep or args.table):
             raise ValueError(f"{bench}: no such file; run `make gpu STAGES=bench` first")
+        if args.table:
+            print(f"written: {write_table(bench, content, args.into)}")
+            return 0
     except ValueError as error:
         print(f"gpu_report: {error}", file=sys.stderr)
         return 1

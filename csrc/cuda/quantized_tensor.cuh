@@ -49,15 +49,15 @@ struct Pieces {
 
 // The two pieces of a lane's row that it takes half of after the exchange: the even or odd one of
 // the first two and of the last two.
-struct Halves {
+struct HalfPair {
   uint2 of[2];
 };
-__device__ inline Halves exchange_halves(const uint4& own, bool upper) {
+__device__ inline HalfPair exchange_halves(const uint4& own, bool upper) {
   const uint2 low = {own.x, own.y}, high = {own.z, own.w};
   const uint2 keep = upper ? high : low, give = upper ? low : high;
   const uint2 got = {__shfl_xor_sync(0xffffffffu, give.x, 2),
                      __shfl_xor_sync(0xffffffffu, give.y, 2)};
-  return upper ? Halves{{got, keep}} : Halves{{keep, got}};
+  return upper ? HalfPair{{got, keep}} : HalfPair{{keep, got}};
 }
 
 // The scales of those two pieces, for the rows g and g + 8.
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kTensorThreads, kForm == QuantizedForm::kInt4M
   load(warp, now);
   for (int step = warp; step < steps; step += kTensorWarps) {
     load(step + kTensorWarps, next);
-    Halves halves[kTiles][2];
+    HalfPair halves[kTiles][2];
     Scales scales[kTiles], minima[kMinimum ? kTiles : 1];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {

@@ -8,6 +8,11 @@ sizes ("9-16 x 4096"): widths and head counts as they are, numbers of rows up to
 two, forward alone or with gradients.
 
 Written whole or not at all, under a lock, each process adding to what the others wrote.
+
+Files of the same form come with the package (`SHIPPED`), one per GPU that `make gpu` was run on
+(`tools/gpu_report.py DIR --table` writes them). They count on GPUs of that name and capability for
+classes of calls that were not measured here; the versions they were made with are noted in them and
+shown with the times, but need not be those of here.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,7 @@ from fastlm._version import __version__
 
 FORMAT = 1
 KIND = "fastlm measured winners"
+SHIPPED = Path(__file__).with_name("gpus")
 MARGIN = 0.97  # a later backend must be at least this much faster than one before it in the list
 
 Identity = dict[str, Any]
@@ -47,9 +53,10 @@ class Entry:
     us: dict[str, float]  # microseconds per call of each backend, in the order of the row's list
     shape: str  # of the call that was measured
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+    note: str = ""  # where it was measured, if not here
 
     def __post_init__(self) -> None:
-        texts = (self.winner, self.shape, self.date, *self.us)
+        texts = (self.winner, self.shape, self.date, self.note, *self.us)
         if not all(isinstance(text, str) for text in texts) or self.winner not in self.us:
             raise TypeError("no winner among the backends measured")
         if not all(isinstance(us, (int, float)) for us in self.us.values()):
@@ -57,7 +64,13 @@ class Entry:
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {_short(us)}" for name, us in self.us.items())
-        return f"tuned {self.date}: {times}"
+        return f"{self.note or 'tuned'} {self.date}: {times}"
+
+    def stored(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            name: value for name, value in asdict(self).items() if (name, value) != ("note", "")
+        }
 
 
 Classes = dict[str, Entry]  # class of sizes -> what was measured
@@ -118,6 +131,19 @@ def identity(device: str) -> Identity:
     return facts
 
 
+def gpu() -> Identity | None:
+    """What a table that comes with the package is for; None where there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return for_gpu(found.name, f"{found.major}.{found.minor}")
+
+
+def for_gpu(name: str, capability: str) -> Identity:
+    """What a table of GPUs of this name is for."""
+    return {"device": "cuda", "GPU": name, "capability": capability}
+
+
 @functools.cache
 def _digest(pattern: str) -> str | None:
     """Of the built kernels: those built anew, of the same version or not, are measured anew."""
@@ -138,6 +164,7 @@ def processor() -> str:
 # ---- what the chooser reads ----------------------------------------------------------------------
 
 _sections: list[dict[str, Any]] | None = None  # of the file, read at the first question
+_shipped: list[dict[str, Any]] | None = None  # of the package's files
 _here: dict[tuple[str, int], Verdicts] = {}  # by device type and threads
 _added: dict[tuple[str, int], Verdicts] = {}  # of these, what this process measured
 _fixed: Verdicts | None = None
@@ -149,8 +176,10 @@ def verdicts(device: str) -> Verdicts:
         return _fixed
     key = _place(device)
     if key not in _here:
-        kept = _read()
-        _here[key] = parsed(_section(kept, identity(device))["verdicts"]) if kept else {}
+        kept, table = _read(), _of_package(device)
+        if kept:
+            merge(table, parsed(_section(kept, identity(device))["verdicts"]))
+        _here[key] = table
     return _here[key]
 
 
@@ -164,7 +193,36 @@ def stale(stem: str, device: str) -> list[str]:
         names = [n for n in (mine | other) if mine.get(n) != other.get(n)]
         differs = ", ".join(f"{n} {other.get(n)}, here {mine.get(n)}" for n in names)
         reasons.append(f"a table is not used: made with {differs}")
+    if device == "cuda" and not _of_package(device):
+        here = gpu() or {}
+        for section in _read_shipped():
+            names = [n for n, value in section["for"].items() if value != here.get(n)]
+            differs = ", ".join(f"{n} {section['for'][n]}, here {here.get(n)}" for n in names)
+            if stem in section["verdicts"]:
+                reasons.append(f"a table of the package is not used: made with {differs}")
     return reasons
+
+
+def _of_package(device: str) -> Verdicts:
+    """What the package's files say of the GPU that is here."""
+    made: Verdicts = {}
+    here = gpu() if device == "cuda" and _read_shipped() else None
+    for section in _read_shipped() if here else ():
+        if section["for"] == here:
+            table = parsed(section["verdicts"])
+            for facts in table.values():
+                for classes in facts.values():
+                    for sizes, entry in classes.items():
+                        classes[sizes] = replace(entry, note=section["note"])
+            merge(made, table)
+    return made
+
+
+def merge(table: Verdicts, more: Verdicts) -> None:
+    """Adds verdicts to a table; they count where both know a class."""
+    for stem, facts in more.items():
+        for name, classes in facts.items():
+            table.setdefault(stem, {}).setdefault(name, {}).update(classes)
 
 
 def add(device: str, stem: str, facts: str, sizes: str, entry: Entry) -> None:
@@ -175,8 +233,8 @@ def add(device: str, stem: str, facts: str, sizes: str, entry: Entry) -> None:
 
 def reload() -> None:
     """Forgets what was read and added: the next question reads the file."""
-    global _sections
-    _sections = None
+    global _sections, _shipped
+    _sections = _shipped = None
     _here.clear()
     _added.clear()
 
@@ -200,7 +258,7 @@ def stored(device: str) -> dict[str, Any]:
     """The verdicts of here as JSON has them; `parsed` reads them again."""
     return {
         stem: {
-            name: {sizes: asdict(entry) for sizes, entry in classes.items()}
+            name: {sizes: entry.stored() for sizes, entry in classes.items()}
             for name, classes in facts.items()
         }
         for stem, facts in verdicts(device).items()
@@ -231,8 +289,8 @@ def save() -> Path:
             for stem, facts in measured.items():
                 for name, classes in facts.items():
                     kept = section["verdicts"].setdefault(stem, {}).setdefault(name, {})
-                    kept.update({sizes: asdict(entry) for sizes, entry in classes.items()})
-        _write(path, sections)
+                    kept.update({sizes: entry.stored() for sizes, entry in classes.items()})
+        write(path, sections)
     return path
 
 
@@ -293,6 +351,22 @@ def _read() -> list[dict[str, Any]]:
     return _sections
 
 
+def _read_shipped() -> list[dict[str, Any]]:
+    """The sections of the package's files, read once; none where no table is to be read."""
+    global _shipped
+    if _shipped is None:
+        _shipped = []
+        for path in sorted(SHIPPED.glob("*.json")) if settings.tune_file() is not None else ():
+            try:
+                sections = load(path)
+                if not all(isinstance(section.get("note"), str) for section in sections):
+                    raise ValueError(f"{path}: a table of a GPU that does not say how it was made")
+                _shipped += sections
+            except (OSError, ValueError) as error:
+                warnings.warn(f"fastlm goes on without a GPU's winners: {error}", stacklevel=2)
+    return _shipped
+
+
 def _section(sections: list[dict[str, Any]], wanted: Identity) -> dict[str, Any]:
     """The section of an identity; an empty one, added to the list, where there is none."""
     for section in sections:
@@ -313,7 +387,8 @@ def parsed(stored: dict[str, Any]) -> Verdicts:
     }
 
 
-def _write(path: Path, sections: list[dict[str, Any]]) -> None:
+def write(path: Path, sections: list[dict[str, Any]]) -> None:
+    """Writes a file of these sections, whole or not at all."""
     content = {"kind": KIND, "format": FORMAT, "sections": sections}
     for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
         leftover.unlink(missing_ok=True)

@@ -165,10 +165,15 @@ def settle(
     verdict = _decide(stem, x.device.type, x.dtype, facts, sizes)
     if _recording is not None:
         _recording.append(verdict)
-    if _unmeasured is not None and verdict.sizes and (verdict.tuned is None or _again):
+    if _unmeasured is not None and verdict.sizes and (_again or not _known_here(verdict)):
         _unmeasured.append(verdict)
         return verdict.chosen
     return remember(memory, key if verdict.usual else exact, verdict.chosen)
+
+
+def _known_here(verdict: Verdict) -> bool:
+    """Whether the winner was measured here; a table that came with the package leaves it open."""
+    return verdict.tuned is not None and not verdict.tuned.note
 
 
 def memory() -> Memory:

@@ -17,6 +17,9 @@ uint64_t block_epoch = 0;
 
 namespace {
 
+// In a function of its own: one that comes back to a place of its own may not leave for another.
+[[noreturn, gnu::noinline]] void jump(Jump& place) { __builtin_longjmp(place, 1); }
+
 void (*body)(const void*);
 const void* arguments;
 
@@ -55,7 +58,7 @@ void wait(Barrier& barrier, unsigned members, Place place, const char* what) {
   Fiber& self = *fibers[block->current];
   self.waits = &barrier;
   self.waited = generation;
-  if (_setjmp(self.place) == 0) _longjmp(block->scheduler, 1);
+  if (__builtin_setjmp(self.place) == 0) jump(block->scheduler);
   self.waits = nullptr;
 }
 
@@ -64,13 +67,13 @@ void enter() {
     body(arguments);
     Fiber& self = *fibers[block->current];
     self.done = true;
-    if (_setjmp(self.place) == 0) _longjmp(block->scheduler, 1);
+    if (__builtin_setjmp(self.place) == 0) jump(block->scheduler);
   }
 }
 
 void resume(Fiber& fiber) {
-  if (_setjmp(block->scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.place, 1);
+  if (__builtin_setjmp(block->scheduler) != 0) return;
+  if (fiber.started) jump(fiber.place);
   fiber.started = true;
   setcontext(&fiber.context);
 }
@@ -137,7 +140,7 @@ void run_block() {
 
 void fail(const char* why) {
   block->fault = "thread " + std::to_string(block->current) + " " + why;
-  _longjmp(block->scheduler, 1);
+  jump(block->scheduler);
 }
 
 void sync_block(Place place) { wait(block->all, block->threads, place, "__syncthreads"); }

@@ -1,6 +1,5 @@
 // What emulator.cpp and memory.cpp share: the block that runs.
 #pragma once
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <memory>
@@ -12,6 +11,9 @@
 namespace emulator {
 
 constexpr unsigned kStack = 64 * 1024;
+
+// Where __builtin_longjmp goes on. (libc's also looks for handlers to run: a third of a switch.)
+using Jump = void* [5];
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
@@ -27,8 +29,8 @@ struct Warp {
 
 // Runs one thread of a block after another: what its start costs is paid once.
 struct Fiber {
-  ucontext_t context;  // of its start; _setjmp and _longjmp switch without a system call
-  jmp_buf place;
+  ucontext_t context;  // of its start; jumps switch without a system call
+  Jump place;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool started = false, done = false;
   const Barrier* waits = nullptr;
@@ -38,7 +40,7 @@ struct Fiber {
 struct Block {
   unsigned threads = 0;
   Barrier all;
-  jmp_buf scheduler;
+  Jump scheduler;
   unsigned current = 0, dynamic_bytes = 0;
   const char* kernel = nullptr;
   std::string fault;

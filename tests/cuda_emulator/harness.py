@@ -1,14 +1,18 @@
-"""Compiles CUDA kernels as C++ for the emulator, alone or in a copy of the package."""
+"""Compiles CUDA kernels as C++ for the emulator, and runs operators' tests on them."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 EMULATOR = Path(__file__).resolve().parent
@@ -24,11 +28,9 @@ SHARED = re.compile(
 )
 EXTERN = re.compile(r"extern " + SHARED.pattern.replace(r"[^;]+?", ""))
 STANDIN = """
-import torch
-torch.ops.load_library({library!r})
 def cpu_isa(): return "emulated CUDA"
 def supported_isas(): return ["emulated CUDA"]
-def build_info(): return dict(compiler="", torch="", torch_abi="", stems=[{stem!r}], cuda=False)
+def build_info(): return dict(compiler="", torch="", torch_abi="", stems=[], cuda=False)
 """
 FLAGS = ["-std=c++20", "-fPIC", "-Wno-unknown-pragmas", f"-I{EMULATOR}"]
 
@@ -48,91 +50,160 @@ def translate(text: str, name: str) -> str:
     return text
 
 
-def compile_kernels(source: Path, folder: Path, *objects: Path) -> Path:
-    """The library of one .cu, its loads and stores watched, linked with `objects`."""
-    translated = folder / "kernels"
-    translated.mkdir()
-    kernels = translated / f"{source.stem}.cpp"
-    kernels.write_text(translate(source.read_text(), source.name))
-    for header in (ROOT / "csrc/cuda").glob("*.cuh"):
-        if not (EMULATOR / header.name).exists():  # else the emulator has its own
-            (translated / header.name).write_text(translate(header.read_text(), header.name))
-    watched = ["-O1", "-g1", "-fsanitize=thread,alignment"]
-    watched += ["--param=tsan-instrument-func-entry-exit=0"]
-    watched += [f"-I{translated}", f"-I{ROOT / 'csrc'}"]
-    made = [_compile(kernels, folder, *watched)]
-    made += _emulator()
+def compile_kernels(source: Path, folder: Path) -> Path:
+    """The library of one .cu alone, its loads and stores watched."""
+    headers = _translated(folder)
     library = folder / "emulated.so"
-    torch = native.find_torch()
-    command = ["g++", "-shared", "-o", library, *made, *objects]
-    _run([*command, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"] if objects else command)
+    _run(["g++", "-shared", "-o", library, _watched(source, headers), *_emulator()])
     return library
 
 
-def emulated(stem: str, folder: Path) -> Path:
-    """A folder holding the package, with csrc/cuda/<stem>.cu in place of its CPU kernels."""
+def operators() -> Path:
+    """The library of all kernels of csrc/cuda, registered for CPU tensors.
+
+    Kept in build/cuda-emulator under a digest of all it is made of.
+    """
     torch = native.find_torch()
-    flags = ["-O0", f"-I{ROOT / 'csrc'}", "-isystem", f"{torch / 'include'}"]
-    flags += [f"-DTORCH_TARGET_VERSION={native.ABI_TARGET}", "-DTORCH_STABLE_ONLY"]
-    for kind in ("const", "mutable"):
-        flags.append(f"-Dtorch_get_{kind}_data_ptr=emulated_{kind}_data_ptr")
-    binding = _compile(ROOT / f"csrc/torch/cuda/{stem}.cpp", folder, *flags, name="binding")
-    library = compile_kernels(ROOT / f"csrc/cuda/{stem}.cu", folder, binding)
-    package = folder / "fastlm"
-    package.mkdir()
+    kernels = [f for f in (ROOT / "csrc/cuda").glob("*.cu") if "// Computes" in f.read_text()]
+    bindings = sorted((ROOT / "csrc/torch/cuda").glob("*.cpp"))
+    digest = _digest([EMULATOR, ROOT / "csrc"], str(torch), native.torch_version(torch)[0])
+    with _kept(f"operators-{digest}") as (kept, fresh):
+        if fresh:
+            # One file of all bindings reads PyTorch's headers once; their names are their own.
+            together = kept / "bindings.cpp"
+            together.write_text("".join(f'#include "{file}"\n' for file in bindings))
+            flags = ["-O0", f"-I{ROOT / 'csrc'}", "-isystem", f"{torch / 'include'}"]
+            flags += [f"-DTORCH_TARGET_VERSION={native.ABI_TARGET}", "-DTORCH_STABLE_ONLY"]
+            for kind in ("const", "mutable"):
+                flags.append(f"-Dtorch_get_{kind}_data_ptr=emulated_{kind}_data_ptr")
+            headers = _translated(kept)
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+                bound = pool.submit(_compile, together, kept, *flags)
+                objects = list(pool.map(lambda file: _watched(file, headers), kernels))
+            command = ["g++", "-shared", "-o", kept / "emulated.so", *objects, bound.result()]
+            _run([*command, *_emulator(), f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"])
+    return kept / "emulated.so"
+
+
+def package(folder: Path) -> Path:
+    """A copy of the package, without its native library, that says it runs on the emulator."""
+    made = folder / "fastlm"
+    made.mkdir()
     for entry in (ROOT / "fastlm").iterdir():
         if entry.suffix != ".so" and entry.name != "__pycache__":
-            (package / entry.name).symlink_to(entry)
-    (package / "_C.py").write_text(STANDIN.format(library=str(library), stem=stem))
+            (made / entry.name).symlink_to(entry)
+    (made / "_C.py").write_text(STANDIN)
     return folder
 
 
-def own_tests(
-    stem: str, folder: Path, which: str = "", script: str = "", *, half: bool = True
-) -> None:
-    """Runs some of the operator's own tests, and a script, on the emulated kernels.
+class Tester:
+    """A process that runs tests of operators on emulated kernels (tester.py)."""
 
-    All in one process, which pays for its imports once. Not `half`: no fp16.
-    """
-    own, scripts = folder / "tests_of_operator.py", folder / "test_script.py"
-    shutil.copy(ROOT / f"tests/ops/test_{stem}.py", own)  # a script may import it, too
-    shutil.copy(ROOT / "tests/conftest.py", folder)  # the seed
-    tests = []
-    if which:
-        which = f"({which}) and not [torch- and not -torch- and not -torch]"  # PyTorch's own
-        which += "" if half else " and not (float16 and not bfloat16)"
-        tests = ["-k", f"test_script or ({which})", str(own)]
-    if script:
-        (folder / "script.py").write_text(script)
-        scripts.write_text("def test_script():\n    import script\n")
-        tests.append(str(scripts))
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    __test__ = False  # says to pytest that this is no test
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, EMULATOR / "tester.py", package(folder), operators()]
+        # An operator's tests need no plugins, and each costs its import.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        environment.pop("PYTHONPATH", None)
+        self._process = subprocess.Popen(
+            list(map(str, command)),
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout.readline() == "ready\n"
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def own_tests(
+        self, stem: str, folder: Path, which: str = "", script: str = "", *, half: bool = True
+    ) -> None:
+        """Runs some of the operator's own tests, and a script. Not `half`: no fp16."""
+        own, scripts = folder / "tests_of_operator.py", folder / "test_script.py"
+        shutil.copy(ROOT / f"tests/ops/test_{stem}.py", own)  # a script may import it, too
+        shutil.copy(ROOT / "tests/conftest.py", folder)  # the seed
+        tests = []
+        if which:
+            which = f"({which}) and not [torch- and not -torch- and not -torch]"  # PyTorch's own,
+            which += " and not [reference and not -reference"  # and the formulas
+            which += "" if half else " and not (float16 and not bfloat16)"
+            tests = ["-k", f"test_script or ({which})", str(own)]
+        if script:
+            (folder / "script.py").write_text(script)
+            scripts.write_text("def test_script():\n    import script\n")
+            tests.append(str(scripts))
+        said = folder / "said.txt"
+        request = {"stem": stem, "folder": str(folder), "tests": tests, "said": str(said)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        status = self._process.stdout.readline().strip()
+        assert status == "0", f"exit status {status}\n{said.read_text()[-8000:]}"
+
+
+def _translated(folder: Path) -> Path:
+    """A folder in `folder` with the headers of csrc/cuda as C++."""
+    made = folder / "kernels"
+    made.mkdir()
+    for header in (ROOT / "csrc/cuda").glob("*.cuh"):
+        if not (EMULATOR / header.name).exists():  # else the emulator has its own
+            (made / header.name).write_text(translate(header.read_text(), header.name))
+    return made
+
+
+def _watched(source: Path, headers: Path) -> Path:
+    """The object of one .cu, whose loads and stores call the emulator."""
+    kernels = headers / f"{source.stem}.cpp"
+    kernels.write_text(translate(source.read_text(), source.name))
+    watched = ["-O1", "-g1", "-fsanitize=thread,alignment"]
+    watched += ["--param=tsan-instrument-func-entry-exit=0"]
+    watched += [f"-I{headers}", f"-I{ROOT / 'csrc'}"]
+    return _compile(kernels, headers, *watched)
+
+
+def _digest(folders: list[Path], *more: str) -> str:
+    """Of the files of these folders and how they are compiled."""
+    version = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
+    digest = hashlib.sha256(repr((FLAGS, version, more)).encode())
+    files = [file for folder in folders for file in folder.rglob("*.*") if file.is_file()]
+    for file in sorted(file for file in files if file.suffix != ".pyc"):
+        digest.update(f"{file.relative_to(ROOT)} ".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _kept(name: str) -> Iterator[tuple[Path, bool]]:
+    """A folder of build/cuda-emulator, and whether it has to be filled: by one process."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    stem = name.split("-")[0]
+    with (KEPT / f"{stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept, whole = KEPT / name, KEPT / name / "whole"
+        if whole.exists():
+            yield kept, False
+            return
+        for old in KEPT.glob(f"{stem}-*"):
+            shutil.rmtree(old)
+        kept.mkdir()
+        yield kept, True
+        whole.touch()
 
 
 def _emulator() -> list[Path]:
-    """The emulator's own objects, compiled once and kept under a digest of their sources."""
-    digest = hashlib.sha256(repr(FLAGS).encode())
-    for file in (*sorted(EMULATOR.glob("*.h")), *sorted(EMULATOR.glob("*.cpp")), Path(__file__)):
-        digest.update(file.read_bytes())
-    kept = KEPT / digest.hexdigest()[:16]
-    names = ("emulator", "memory")
-    if not kept.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=KEPT))  # others may compile the same at this moment
-        for name in names:
-            _compile(EMULATOR / f"{name}.cpp", fresh, "-O2")
-        try:
-            fresh.rename(kept)
-        except OSError:
-            shutil.rmtree(fresh)
+    """The emulator's own objects."""
+    with _kept(f"emulator-{_digest([EMULATOR])}") as (kept, fresh):
+        names = ("emulator", "memory")
+        if fresh:
+            for name in names:
+                _compile(EMULATOR / f"{name}.cpp", kept, "-O2")
     return [kept / f"{name}.o" for name in names]
 
 
-def _compile(source: Path, folder: Path, *flags: str, name: str = "") -> Path:
-    target = folder / f"{name or source.stem}.o"
+def _compile(source: Path, folder: Path, *flags: str) -> Path:
+    target = folder / f"{source.stem}.o"
     _run(["g++", *FLAGS, *flags, "-c", source, "-o", target])
     return target
 

@@ -6,7 +6,7 @@
 namespace fastlm {
 namespace {
 
-struct OnGpu : cuda::OnDevice {
+struct ActivationOnGpu : cuda::OnDevice {
   using OnDevice::OnDevice;
   void run(const ActivationForward& args) const {
     cuda::check(cuda::activation_forward(args, stream()), "activation");
@@ -19,12 +19,12 @@ struct OnGpu : cuda::OnDevice {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, m) {
-  m.impl("activation", TORCH_BOX(&activation<OnGpu>));
-  m.impl("gated_activation", TORCH_BOX(&gated_activation<OnGpu>));
-  m.impl("packed_activation", TORCH_BOX(&packed_activation<OnGpu>));
-  m.impl("activation_backward", TORCH_BOX(&activation_backward<OnGpu>));
-  m.impl("gated_activation_backward", TORCH_BOX(&gated_activation_backward<OnGpu>));
-  m.impl("packed_activation_backward", TORCH_BOX(&packed_activation_backward<OnGpu>));
+  m.impl("activation", TORCH_BOX(&activation<ActivationOnGpu>));
+  m.impl("gated_activation", TORCH_BOX(&gated_activation<ActivationOnGpu>));
+  m.impl("packed_activation", TORCH_BOX(&packed_activation<ActivationOnGpu>));
+  m.impl("activation_backward", TORCH_BOX(&activation_backward<ActivationOnGpu>));
+  m.impl("gated_activation_backward", TORCH_BOX(&gated_activation_backward<ActivationOnGpu>));
+  m.impl("packed_activation_backward", TORCH_BOX(&packed_activation_backward<ActivationOnGpu>));
 }
 
 }  // namespace fastlm

@@ -3,24 +3,29 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "torch/alloc.h"
-
-// Weak, so that fastlm/_cuda.so also loads where PyTorch was built without CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                   void** stream);
+#include "torch/cuda/stream.h"
 
 namespace fastlm::cuda {
 
 // cudaGetErrorString, defined beside the kernels: bindings do not see the CUDA runtime.
 const char* error_text(int status);
 
+// The stream PyTorch queues work on.
+inline void* current_stream(int32_t device) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const auto get = reinterpret_cast<Getter>(
+      loaded_symbol("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"));
+  STD_TORCH_CHECK(get != nullptr, "fastlm: this build of PyTorch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+
 // Makes t's device the current one while it lives; knows the stream PyTorch queues work on there.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& t) : index_(index_of(t)), guard_(index_) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                    "fastlm: this build of PyTorch has no CUDA");
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
-  }
+  explicit OnDevice(const Tensor& t)
+      : index_(index_of(t)), guard_(index_), stream_(current_stream(index_)) {}
 
   void* stream() const { return stream_; }
 
@@ -44,7 +49,7 @@ class OnDevice {
 
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
+  void* stream_;
 };
 
 // Whether two tensors lie on one device: a kernel that is given others reads the wrong memory.

@@ -6,7 +6,7 @@
 namespace fastlm {
 namespace {
 
-struct OnGpu : cuda::OnDevice {
+struct SampleOnGpu : cuda::OnDevice {
   using OnDevice::OnDevice;
   void run(const Sample& args) const {
     STD_TORCH_CHECK(args.vocab < int64_t{1} << 32, "sample: logits must be [B, V < 2^32]");
@@ -16,6 +16,6 @@ struct OnGpu : cuda::OnDevice {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, m) { m.impl("sample", TORCH_BOX(&sample<OnGpu>)); }
+STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, m) { m.impl("sample", TORCH_BOX(&sample<SampleOnGpu>)); }
 
 }  // namespace fastlm
