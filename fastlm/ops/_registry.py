@@ -273,8 +273,7 @@ def _measurement(
     entry = measured.get(fact_text(dtype, facts), {}).get(size_class)
     if entry is not None and entry.winner not in [backend.name for backend in able]:
         entry = None
-    ahead = able[0].slower is _never or (able[0].slower is slower_for_few and "few" not in facts)
-    first = able[0].name if ahead else None  # else it depends on the process or the call
+    first = able[0].name if able[0].slower is _never else None  # else it depends on the process
     winners = (e.winner for classes in measured.values() for e in classes.values())
     return size_class, entry, _unmeasured is None and all(name == first for name in winners)
 

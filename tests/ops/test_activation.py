@@ -67,14 +67,12 @@ def test_far_tails_and_special_values(kind):
         assert ops.activation(torch.full((n,), float("nan")), kind).isnan().all()
 
 
-@pytest.mark.parametrize("backend", [None, *ops.implementations("activation")[:1]])
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)], ids=str)
-def test_empty_input(shape, backend):
+def test_empty_input(shape):
     x = torch.empty(shape, requires_grad=True)
-    with ops.use_backend(backend):
-        ops.activation(x, "silu").sum().backward()
-        assert x.grad.shape == x.shape
-        assert ops.gated_activation(x, x, "gelu").shape == x.shape
+    ops.activation(x, "silu").sum().backward()
+    assert x.grad.shape == x.shape
+    assert ops.gated_activation(x, x, "gelu").shape == x.shape
 
 
 def test_any_strides():

@@ -79,13 +79,11 @@ def test_strided_input_equals_contiguous():
     assert torch.equal(ops.layer_norm(x, weight, bias), expected)
 
 
-@pytest.mark.parametrize("backend", [None, *ops.implementations("layer_norm")[:1]])
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (3, 0)], ids=str)
-def test_empty_input_gives_empty_result(shape, backend):
+def test_empty_input_gives_empty_result(shape):
     x = torch.empty(shape, requires_grad=True)
     weight = torch.ones(shape[-1], requires_grad=True)
-    with ops.use_backend(backend):
-        y = ops.layer_norm(x, weight, torch.ones(shape[-1]))
+    y = ops.layer_norm(x, weight, torch.ones(shape[-1]))
     assert y.shape == x.shape
     y.sum().backward()
     assert x.grad.shape == x.shape

@@ -10,9 +10,6 @@ import torch
 from fastlm import ops, reference
 from fastlm.ops.activation import KINDS
 
-# not PyTorch's kernels, which the chooser takes for few numbers
-OWN = "cpu" if "cpu" in ops.implementations("activation") else None
-
 STARTS = torch.tensor([0, 2, 2, 6], dtype=torch.int32)
 MASK = torch.arange(36).view(6, 6) % 5 > 0
 OPTIONS = {
@@ -86,8 +83,7 @@ def test_second_derivatives_are_those_of_the_reference(name):
     function, tensors = cases()[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # as PyTorch does of kernels without autograd
-        with ops.use_backend(OWN):
-            ours = derivatives(function, ops, tensors)
+        ours = derivatives(function, ops, tensors)
     exact = derivatives(function, reference, [x.double() for x in tensors])
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
@@ -97,5 +93,5 @@ def test_second_derivatives_are_those_of_the_reference(name):
 def test_function_transforms_are_refused(name):
     """Function.apply leaves the layer out that says so, but not while a transform is on."""
     function, (x, *rest) = cases()[name]
-    with ops.use_backend(OWN), pytest.raises(RuntimeError, match="functorch transforms"):
+    with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda x: function(ops, x, *rest).sum())(x)
