@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,6 @@ def unsupported(
     *,
     weight: torch.dtype | None,
     bias: torch.dtype | None = None,
-    few: bool = False,
     types: Unsupported = _TYPES,
 ) -> list[str]:
     """Why a CPU or Triton kernel cannot take these element types."""
@@ -33,12 +30,12 @@ def unsupported(
     return reasons
 
 
-def cuda_unsupported(dtype: torch.dtype, **facts: Any) -> list[str]:
+def cuda_unsupported(dtype: torch.dtype, **facts: torch.dtype | None) -> list[str]:
     """Why a CUDA kernel cannot: they have no fp16."""
     return unsupported(dtype, **facts, types=_CUDA)
 
 
-def torch_unsupported(dtype: torch.dtype, few: bool = False, **facts: Any) -> list[str]:
+def torch_unsupported(dtype: torch.dtype, **facts: torch.dtype | None) -> list[str]:
     """Why PyTorch's kernels cannot."""
     others = {name: other for name, other in facts.items() if other not in (None, dtype)}
     return [f"takes a {name} of {dtype}, not {other}" for name, other in others.items()]

@@ -121,16 +121,7 @@ def plain(unsupported: Unsupported = _never, slower: Unsupported | None = None) 
 
 
 def _only_if_faster(dtype: torch.dtype, **facts: Any) -> Reasons:
-    return [] if facts.get("few") else ["chosen only where `fastlm tune` finds it faster"]
-
-
-def slower_for_few(dtype: torch.dtype, **facts: Any) -> Reasons:
-    """`slower` of a backend whose gradient is a Python function, which costs some 20 us a call.
-
-    The row states the fact `few` where that is more than its kernels save, PyTorch can run the
-    call, and its bits do not depend on threads either.
-    """
-    return ["so few numbers take less time than a gradient in Python"] if facts.get("few") else []
+    return ["chosen only where `fastlm tune` finds it faster"]
 
 
 def implementations(stem: str, device: str = "cpu") -> list[str]:

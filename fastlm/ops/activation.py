@@ -12,16 +12,7 @@ from fastlm import reference
 from fastlm.ops import _checks, _torch
 from fastlm.ops._library import Function, again, by_backend, define, direct, needs_grad, twice
 from fastlm.ops._measured import direction, rows
-from fastlm.ops._registry import (
-    Backend,
-    memory,
-    native,
-    plain,
-    register,
-    settle,
-    slower_for_few,
-    triton,
-)
+from fastlm.ops._registry import Backend, memory, native, plain, register, settle, triton
 
 # in the order of csrc/ops/activation_kind.h
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -34,8 +25,8 @@ def _size_class(kind: str, form: str, shape: torch.Size, grad: bool) -> str:
 register(
     "activation",
     Backend("cuda", ("cuda",), native(torch.float32, torch.bfloat16)),
-    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16, torch.float16), slower_for_few),
-    triton(native(torch.float32, torch.bfloat16, torch.float16), slower_for_few),
+    Backend("cpu", ("cpu",), native(torch.float32, torch.bfloat16, torch.float16)),
+    triton(native(torch.float32, torch.bfloat16, torch.float16)),
     plain(native(*_checks.FLOATS)),
     classes=_size_class,
 )
@@ -138,41 +129,12 @@ _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 _chosen = memory()
 
 
-# Up to so many numbers forward and backward take less time on PyTorch's own kernels, on a CPU
-# (Zen 3, 2 threads, torch 2.13: at 768 numbers 1.5 times as fast for one input, 1.2 times gated).
-# Not where its gated form would round to 16 bits twice.
-_FEW = {
-    ("silu", torch.float32): 32768,
-    ("silu", torch.bfloat16): 32768,
-    ("relu", torch.float32): 65536,
-    ("relu", torch.bfloat16): 65536,
-    ("gelu_tanh", torch.float32): 4096,
-    ("gelu_tanh", torch.bfloat16): 4096,
-    ("gelu", torch.bfloat16): 8192,
-}
-_FEW_GATED = {
-    ("silu", torch.float32): 8192,
-    ("relu", torch.float32): 32768,
-    ("gelu_tanh", torch.float32): 2048,
-}
-
-
-def _choose(
-    x: Tensor, kind: str, form: str = "", up: Tensor | None = None, few: bool = False
-) -> str:
-    key: tuple[Any, ...] = (x.is_cpu or x.device, x.dtype)
-    if few:
-        key += ("few",)
+def _choose(x: Tensor, kind: str, form: str = "", up: Tensor | None = None) -> str:
+    key = (x.is_cpu or x.device, x.dtype)
     sizes = kind, form, x.shape, is_grad_enabled() and needs_grad(x, up)
     if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
         return known
-    facts = {"few": True} if few else {}
-    return settle("activation", _chosen, key, x, sizes, **facts)
-
-
-def _is_few(x: Tensor, kind: str, most: dict[tuple[str, torch.dtype], int]) -> bool:
-    """Whether a call with gradients on a CPU is one that PyTorch's kernels are quicker for."""
-    return not is_dynamo_compiling() and x.numel() <= most.get((kind, x.dtype), 0)
+    return settle("activation", _chosen, key, x, sizes)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
@@ -199,11 +161,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
         backend = _chosen.get((x.is_cpu or x.device, x.dtype)) or _choose(x, kind)
         if backend in _FORWARD:
             if is_grad_enabled() and x.requires_grad:
-                if backend == "cpu" and _is_few(x, kind, _FEW):
-                    backend = _chosen.get((True, x.dtype, "few")) or _choose(x, kind, few=True)
-                if backend in _FORWARD:
-                    return _Activation.apply(x, _NUMBERS[kind], backend)
-                return _torch.activation(x, kind)
+                return _Activation.apply(x, _NUMBERS[kind], backend)
             return (_FORWARD if is_dynamo_compiling() else _DIRECT)[backend](x, _NUMBERS[kind])
         if backend == "torch" and kind in _NUMBERS:
             return _torch.activation(x, kind)
@@ -243,12 +201,7 @@ def gated_activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
             if up is None:
                 return _packed_halves(gate, kind, backend)
             if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-                if backend == "cpu" and _is_few(gate, kind, _FEW_GATED):
-                    known = _chosen.get((True, gate.dtype, "few"))
-                    backend = known or _choose(gate, kind, "gated ", up, few=True)
-                if backend in _FORWARD:
-                    return _GatedActivation.apply(gate, up, _NUMBERS[kind], backend)
-                return _torch.gated_activation(gate, up, kind)
+                return _GatedActivation.apply(gate, up, _NUMBERS[kind], backend)
             run = (_GATED if is_dynamo_compiling() else _GATED_DIRECT)[backend]
             return run(gate, up, _NUMBERS[kind])
         if backend == "torch" and kind in _NUMBERS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, overload
 
 import torch
-from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
@@ -20,21 +20,13 @@ from fastlm.ops._norm import (
     torch_unsupported,
     unsupported,
 )
-from fastlm.ops._registry import (
-    Backend,
-    memory,
-    plain,
-    register,
-    settle,
-    slower_for_few,
-    triton,
-)
+from fastlm.ops._registry import Backend, memory, plain, register, settle, triton
 
 register(
     "layer_norm",
     Backend("cuda", ("cuda",), cuda_unsupported),
-    Backend("cpu", ("cpu",), unsupported, slower_for_few),
-    triton(unsupported, slower_for_few),
+    Backend("cpu", ("cpu",), unsupported),
+    triton(unsupported),
     plain(torch_unsupported),
     classes=size_class,
 )
@@ -188,11 +180,6 @@ def layer_norm(
             return run(x, weight, bias, eps, residual=residual)
         if residual is None:
             if is_grad_enabled() and needs_grad(x, weight, bias):
-                if backend == "cpu" and _is_few(x, key):
-                    few = (*key, "few")
-                    backend = _chosen.get(few) or _choose(few, x, weight, bias, None)
-                    if backend == "torch":
-                        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
                 return _LayerNorm.apply(x, weight, bias, eps, backend)
             forward = (_FORWARD if is_dynamo_compiling() else _DIRECT)[backend]
             return forward(x, weight, bias, eps)
@@ -206,19 +193,6 @@ def layer_norm(
 
 
 _chosen = memory()
-
-
-def _is_few(x: Tensor, key: tuple[Any, ...]) -> bool:
-    """Whether a call with gradients on a CPU is one that PyTorch's kernel is quicker for: one row.
-
-    Of several rows the sums of its backward pass depend on the number of threads.
-    """
-    if is_dynamo_compiling() or x.dim() == 0 or x.numel() != x.size(-1):
-        return False
-    if is_autocast_enabled("cpu"):
-        return False
-    _, dtype, weight, bias = key
-    return (weight is True or weight == dtype) and (bias is True or bias == dtype)
 
 
 def _choose(
@@ -235,10 +209,8 @@ def _choose(
     )
     if not is_dynamo_compiling() and (known := _chosen.get((key, sizes))):
         return known
-    facts: dict[str, Any] = {
+    facts = {
         "weight": None if weight is None else weight.dtype,
         "bias": None if bias is None else bias.dtype,
     }
-    if key[-1] == "few":
-        facts["few"] = True
     return settle("layer_norm", _chosen, key, x, sizes, **facts)
