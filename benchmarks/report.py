@@ -1,7 +1,8 @@
 """`python -m benchmarks.report FILE`: a result file as a Markdown table.
 
 With --write the table goes between the markers of README.md and docs/performance.md, which name the
-file it came from, so that every published figure can be traced and rendered again.
+file it came from, so that every published figure can be traced and rendered again. A block's name
+is the file's kind, or that, an underscore and a word.
 """
 
 from __future__ import annotations
@@ -170,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--headlines", action="store_true", help="only the promised shapes")
     parser.add_argument("--write", action="store_true", help="into README.md, docs/performance.md")
+    help_ = "the markers' name; by default the file's kind (ops_avx2: a second machine's table)"
+    parser.add_argument("--block", help=help_)
     args = parser.parse_args(argv)
     try:
         content = results_file.read(args.file)
@@ -179,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = args.file.resolve()
         if not source.is_relative_to(results_file.FOLDER):
             raise ValueError(f"{args.file}: only files under benchmarks/results can be published")
-        kind = content.get("kind", "ops")
+        kind = args.block or content.get("kind", "ops")
         pages = [
             name for name in DOCUMENTS if f"<!-- figures: {kind} " in (ROOT / name).read_text()
         ]
