@@ -23,6 +23,8 @@ Thunk = Callable[[], object]
 BURST = 0.004  # seconds a sample lasts at least
 WAITED = 0.04  # share of a sample spent waiting that spoils it
 LEAST = 5  # clean samples wanted of each function
+FEW = 2  # samples of one whose call takes longer than SLOW: PyTorch's emulated bf16 takes minutes
+SLOW = 2.0  # seconds
 LONG = 0.05  # seconds of one call from which on the pool's threads need no call to wake them
 ALONE = 0  # calls of a burst that is one long call
 
@@ -65,10 +67,10 @@ def interleave(
     makes the context that a variant, by its name, is called in.
     """
     turns = {name: itertools.cycle(thunks) for name, thunks in variants.items()}
-    calls = {}
+    calls, least = {}, {}
     for name in variants:
         with within(name):
-            calls[name] = _calibrate(turns[name], len(variants[name]), realtime)
+            calls[name], least[name] = _calibrate(turns[name], len(variants[name]), realtime)
     clean: dict[str, list[float]] = {name: [] for name in variants}
     spoilt: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     names = list(variants)
@@ -76,6 +78,8 @@ def interleave(
     with _no_collection():
         for turn in itertools.count():
             for name in names if turn % 2 == 0 else reversed(names):
+                if least[name] == FEW <= turn:
+                    continue
                 with within(name):
                     wall, waited = _sample(turns[name], calls[name], realtime)
                 each = wall / max(calls[name], 1)
@@ -84,31 +88,37 @@ def interleave(
                 else:
                     clean[name].append(each)
             spent = time.perf_counter() - start
-            enough = min(map(len, clean.values())) >= LEAST
+            enough = all(len(clean[name]) >= least[name] for name in names if least[name] != FEW)
             if (spent > seconds and enough) or (spent > 2 * seconds and turn + 1 >= LEAST):
                 break
-    return {name: _times(clean[name], spoilt[name]) for name in names}
+    return {name: _times(clean[name], spoilt[name], least[name]) for name in names}
 
 
-def _times(clean: list[float], spoilt: list[tuple[float, float]]) -> Times:
-    if len(clean) < LEAST:  # the least disturbed of the others fill up
-        clean = clean + [s for _, s in sorted(spoilt)[: LEAST - len(clean)]]
+def _times(clean: list[float], spoilt: list[tuple[float, float]], least: int) -> Times:
+    if len(clean) < least:  # the least disturbed of the others fill up
+        clean = clean + [s for _, s in sorted(spoilt)[: least - len(clean)]]
     return Times.of(clean, len(spoilt))
 
 
-def _calibrate(turn: Iterator[Thunk], rotation: int, realtime: bool) -> int:
-    """How many calls fill a burst, or ALONE; every thunk has run once when it returns."""
+def _calibrate(turn: Iterator[Thunk], rotation: int, realtime: bool) -> tuple[int, int]:
+    """How many calls fill a burst, or ALONE, and how many bursts are wanted.
+
+    Every thunk has run once when it returns.
+    """
     for thunk in itertools.islice(turn, rotation):
+        start = time.perf_counter()
         thunk()
+    if time.perf_counter() - start > SLOW:
+        return ALONE, FEW
     start = time.perf_counter()
     next(turn)()
     if time.perf_counter() - start > LONG:
-        return ALONE
+        return ALONE, LEAST
     calls = 1
     while True:
         spent, _ = _sample(turn, calls, realtime)
         if spent >= BURST / 2:
-            return max(1, round(calls * BURST / spent))
+            return max(1, round(calls * BURST / spent)), LEAST
         calls *= 2
 
 

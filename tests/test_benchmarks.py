@@ -101,6 +101,19 @@ def test_a_long_call_is_made_no_more_often_than_it_is_timed():
     assert times.least > 1e6 * timing.LONG
 
 
+def test_a_slow_call_is_timed_twice_while_others_go_on(monkeypatch):
+    monkeypatch.setattr(timing, "SLOW", 0.02)
+    seen = []
+
+    def slow():
+        seen.append(1)
+        time.sleep(0.03)
+
+    times = interleave({"slow": [slow], "quick": [torch.zeros(1).sum]}, seconds=0.05)
+    assert len(seen) == 3 and times["slow"].samples == 2
+    assert times["quick"].samples >= 5
+
+
 def test_operators_share_the_time_of_a_run(monkeypatch):
     """Two slow cases at the beginning cost those after them nothing."""
     clock = itertools.count(0, 0.01)

@@ -17,7 +17,7 @@
 // Outputs of an integer weight at a time: whole panels, and sums for all rows of the batch.
 constexpr int64_t kIntegerPanel = 96;
 static_assert(kPlanMaxBatch * kIntegerPanel <= kBlockX * kPanel);
-static_assert(kPlanMaxBatch <= kColumnsRows);
+static_assert(kPlanMaxBatch <= kColumnsRows && kBlockX * kPanel <= kColumnsSums);
 
 // Rows of sums, `stride` apart.
 struct PanelSums {

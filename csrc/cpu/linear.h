@@ -33,11 +33,10 @@ void forward_panels(const LinearForward& a, int64_t begin, int64_t end) {
 
 template <class T>
 void forward_columns(const LinearForward& a, int64_t begin, int64_t end) {
-  constexpr int64_t kSums = 8192;
-  alignas(64) float sums[kSums];
+  alignas(64) float sums[kColumnsSums];
   const T* bias = static_cast<const T*>(a.bias);
   const int64_t last = min_of<int64_t>(end * kPanel, a.out);
-  const int64_t chunk = kSums / a.rows / kLanes * kLanes;
+  const int64_t chunk = kColumnsSums / a.rows / kLanes * kLanes;
   for (int64_t first = begin * kPanel; first < last; first += chunk) {
     const int64_t width = min_of<int64_t>(chunk, last - first);
     columns_product(static_cast<const T*>(a.x), a.rows,

@@ -121,6 +121,27 @@ def test_either_product_matches_float64(own, dtype, small_chunks, monkeypatch):
     compare(x, weight, bias, target, {})
 
 
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_few_rows_and_many_classes_match_float64(rows):
+    """The gradient of x is a sum over all classes; the target's has nearly all the weight."""
+    draws = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x, weight = torch.randn(rows, 96), torch.randn(24000, 96) * 0.05
+        target = torch.randint(0, 24000, (rows,))
+
+        def gradient(loss, dtype, x=x, weight=weight, target=target):
+            leaf = x.to(dtype).requires_grad_()
+            return torch.autograd.grad(loss(leaf, weight.to(dtype), target), leaf)[0].double()
+
+        exact = gradient(lambda a, b, t: F.cross_entropy(a @ b.T, t), torch.float64)
+        theirs = gradient(lambda a, b, t: F.cross_entropy(a @ b.T, t), torch.float32)
+        ours = gradient(ops.linear_cross_entropy, torch.float32)
+        draws.append([(made - exact).square().mean() for made in (ours, theirs)])
+    ours, theirs = torch.tensor(draws).mean(0).sqrt()
+    assert ours <= 2 * theirs, (float(ours), float(theirs))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("answers", [0, 1, 5])
